@@ -1,0 +1,219 @@
+"""What flows between the rooms: the request, the result, the embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from enum import Enum
+from typing import Any, Final, Literal, TypeAlias
+
+from .errors import BadRequest
+
+__all__ = [
+    "UNSET",
+    "BackendName",
+    "ChunkCallback",
+    "LlmCallParams",
+    "LlmCallResult",
+    "LlmEmbedResult",
+    "Message",
+    "Timings",
+    "Unset",
+    "Usage",
+]
+
+Message: TypeAlias = Mapping[str, Any]
+"""One chat message: `role` and `content`, as the OpenAI API spells them."""
+
+ChunkCallback: TypeAlias = Callable[[str], object]
+"""Called with each chunk of text. Returning False ends the generation; any other value goes on."""
+
+BackendName: TypeAlias = Literal["local", "api"]
+
+
+class Unset(Enum):
+    """The type of `UNSET`: "not said", where None means "off"."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+UNSET: Final = Unset.UNSET
+
+_Float: TypeAlias = "float | None | Unset"
+_Int: TypeAlias = "int | None | Unset"
+
+
+def _field(low: float, high: float, what: str, default: Any = UNSET) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "what": what})
+
+
+_INF = math.inf
+
+
+@dataclass(frozen=True)
+class LlmCallParams:
+    """One request for text: a `prompt` to continue or `messages` to answer (they win), and how to sample.
+
+    A sampling field that is not set takes the default of the model or server that answers; None switches it off.
+    Names and ranges are llama.cpp's (`llama.h`, `llama_sampler_init_*`).
+
+    Raises BadRequest for a value outside its range, naming the field.
+    """
+
+    prompt: str = ""
+    max_tokens: int | None = _field(0, 2**31 - 1, "tokens to generate; None: until the model ends or the context is full", 100)
+    temperature: float = _field(0, _INF, "0 is greedy", 0.7)
+    stop: Sequence[str] | str | None = None
+    _: KW_ONLY
+    messages: Sequence[Message] | None = None
+    model: str | None = None
+    seed: _Int = _field(0, 2**32 - 2, "unset: random, and reported in the result's timings")
+    top_k: _Int = _field(0, 2**31 - 1, "keep the k likeliest tokens; 0: all")
+    top_p: _Float = _field(0, 1, "keep the likeliest tokens that together reach p")
+    min_p: _Float = _field(0, 1, "keep tokens at least p times as likely as the likeliest")
+    typical_p: _Float = _field(0, 1, "locally typical sampling")
+    top_n_sigma: _Float = _field(-1, _INF, "keep logits within n standard deviations of the best; 0 or less: off")
+    xtc_probability: _Float = _field(0, 1, "chance that XTC drops the likeliest tokens")
+    xtc_threshold: _Float = _field(0, 1, "XTC drops tokens likelier than this, all but the last")
+    dry_multiplier: _Float = _field(0, _INF, "DRY penalty of repeated sequences; 0: off")
+    dry_base: _Float = _field(1, _INF, "base of the DRY penalty")
+    dry_allowed_length: _Int = _field(0, 2**31 - 1, "repeats up to this length are free")
+    dry_penalty_last_n: _Int = _field(-1, 2**31 - 1, "tokens DRY looks back; -1: the context, 0: off")
+    dry_sequence_breakers: Sequence[str] | Unset = UNSET
+    repeat_penalty: _Float = _field(1e-6, _INF, "1: off")
+    repeat_last_n: _Int = _field(-1, 2**31 - 1, "tokens the penalties look back; -1: the context, 0: off")
+    frequency_penalty: _Float = _field(-_INF, _INF, "0: off")
+    presence_penalty: _Float = _field(-_INF, _INF, "0: off")
+    mirostat: _Int = _field(0, 2, "1 or 2: that version, in place of the other truncations; 0: off")
+    mirostat_tau: _Float = _field(0, _INF, "target entropy")
+    mirostat_eta: _Float = _field(0, _INF, "learning rate")
+    logit_bias: Mapping[int | str, float] | Unset = UNSET
+    grammar: str | None = None
+    truncate: bool = False
+    timeout_s: float | None = _field(0, _INF, "seconds for the whole call; None: no limit", None)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise BadRequest(f"prompt is {type(self.prompt).__name__}; give a str, or messages=[…] for a chat")
+        for f in dataclasses.fields(self):
+            if "low" in f.metadata:
+                _check_range(f, getattr(self, f.name))
+        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        for s in stop:
+            if not isinstance(s, str) or not s:
+                raise BadRequest(f"stop holds {s!r}; each stop string must be a non-empty str")
+        object.__setattr__(self, "stop", tuple(stop) or None)
+        if self.messages is not None:
+            object.__setattr__(self, "messages", _checked_messages(self.messages))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, () if none."""
+        return tuple(self.stop or ())
+
+    def given(self) -> dict[str, Any]:
+        """The sampling fields that were set, by name; those that were not are left out."""
+        return {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if f.default is UNSET and (value := getattr(self, f.name)) is not UNSET
+        }
+
+
+def _check_range(f: dataclasses.Field[Any], value: Any) -> None:
+    if value is UNSET or (value is None and f.name != "temperature"):
+        return
+    low, high, what = f.metadata["low"], f.metadata["high"], f.metadata["what"]
+    whole = "int" in str(f.type).lower()
+    if isinstance(value, bool) or not isinstance(value, (int,) if whole else (int, float)):
+        raise BadRequest(f"{f.name} is {value!r}; give {'a whole number' if whole else 'a number'} ({what})")
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = f"of at least {low:g}" if high in (_INF, 2**31 - 1) else f"from {low:g} to {high:g}"
+        if low == -_INF:
+            bounds = "that is finite"
+        raise BadRequest(f"{f.name} is {value!r}; give a number {bounds} ({what})")
+
+
+def _checked_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
+    if isinstance(messages, (str, bytes, Mapping)) or not messages:
+        raise BadRequest("messages must be a non-empty list of {'role': …, 'content': …}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadRequest(f"messages[{i}] is {message!r}; each message is a mapping with a 'role' and a 'content'")
+    return tuple(messages)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """The three counts under the OpenAI API's names."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one local call went, in seconds; `seed` is the one that was used."""
+
+    queue_s: float = 0.0
+    prompt_s: float = 0.0
+    generation_s: float = 0.0
+    first_token_s: float | None = None
+    cached_tokens: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class LlmCallResult:
+    """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`."""
+
+    content: str
+    model: str
+    tokens_used: int | None = None
+    finish_reason: str | None = None
+    _: KW_ONLY
+    usage: Usage | None = None
+    backend: BackendName | None = None
+    fallback_reason: str | None = None
+    timings: Timings | None = None
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    provider: str | None = None
+    attempts: int = 1
+    total_delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class LlmEmbedResult:
+    """One vector per text, in the order asked; `embeddings` has shape (n_texts, dimensions)."""
+
+    embeddings: Any  # list[list[float]], or a numpy float32 array where asked for
+    model: str
+    _: KW_ONLY
+    usage: Usage | None = None
+    backend: BackendName | None = None
+    fallback_reason: str | None = None
+    provider: str | None = None
+    attempts: int = 1
+    total_delay_s: float = 0.0
