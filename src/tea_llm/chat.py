@@ -2,13 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from .params import Message
+from .errors import BadRequest
+from .params import UNSET, Message
 
-__all__ = ["format_chat_prompt"]
+__all__ = ["format_chat_prompt", "message_text"]
+
+_Turn: TypeAlias = tuple[str, str]
+"""The role and the text of one message."""
+
+
+def message_text(message: Message) -> str:
+    """The text of a message's `content`: a string as it is, text parts joined, "" where it is None.
+
+    Raises BadRequest for content that isn't text.
+    """
+    content = message.get("content", "" if "tool_calls" in message else UNSET)
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (list, tuple)):
+        return "".join(_part_text(part) for part in content)
+    if content is UNSET:
+        raise BadRequest(f"A message has no 'content', only {sorted(map(str, message))}; give its text there")
+    raise BadRequest(f"A message's content is {content!r}; give a text, or a list of text parts")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = repr(part.get("type")) if isinstance(part, Mapping) else f"a {type(part).__name__}"
+    raise BadRequest(f"A message holds a part of type {kind}; only {{'type': 'text', 'text': …}} can be read here")
 
 
 def format_chat_prompt(messages: Sequence[Message], chat_format: str | None) -> str:
-    """`messages` as one prompt. Skeleton: filled in next."""
-    raise NotImplementedError
+    """`messages` as one prompt that ends where the assistant's answer begins, for models without a template.
+
+    `chat_format` is "chatml", "gemma", or None for plain `role: content` lines.
+    Raises BadRequest for another format, and for content that isn't text.
+    """
+    if chat_format not in _FORMATS:
+        known = ", ".join(repr(name) for name in _FORMATS if name)
+        raise BadRequest(f"chat_format is {chat_format!r}; choose one of {known}, or None for plain text")
+    return _FORMATS[chat_format]([_turn(message) for message in messages])
+
+
+def _turn(message: Message) -> _Turn:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise BadRequest(f"A message is {message!r}; each is a mapping with a 'role' and a 'content'")
+    return message["role"], message_text(message)
+
+
+def _chatml(turns: Sequence[_Turn]) -> str:
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+
+
+def _gemma(turns: Sequence[_Turn]) -> str:
+    """Gemma knows no system role: such a message goes into the user turn that follows it."""
+    prompt: list[str] = []
+    waiting = ""  # system text without its user turn yet
+    for role, text in turns:
+        if role in ("system", "developer"):
+            waiting += text + "\n\n"
+        elif role == "assistant":
+            prompt.append(_gemma_turn("model", text))
+        else:
+            prompt.append(_gemma_turn(role, waiting + text))
+            waiting = ""
+    if waiting:
+        prompt.append(_gemma_turn("user", waiting.removesuffix("\n\n")))
+    return "".join(prompt) + "<start_of_turn>model\n"
+
+
+def _gemma_turn(role: str, text: str) -> str:
+    return f"<start_of_turn>{role}\n{text}<end_of_turn>\n"
+
+
+def _plain(turns: Sequence[_Turn]) -> str:
+    return "".join(f"{role}: {text}\n" for role, text in turns) + "assistant: "
+
+
+_FORMATS: Mapping[str | None, Callable[[Sequence[_Turn]], str]] = {
+    "chatml": _chatml,
+    "gemma": _gemma,
+    None: _plain,
+}
