@@ -1,0 +1,163 @@
+"""What every adapter does alike: read a request, make its calls one after the other, say how long each took.
+
+An adapter is a program of its own, so that each subject runs alone in its process and may live in its own environment.
+Standard input holds one request, standard output one reply, both JSON; what the subject itself prints goes to stderr.
+
+    request  {"model": path, "n_ctx": int, "n_threads": int | null, "server": path | null,
+              "calls": [{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool}, …]}
+    reply    {"version": str, "started": s | null, "rss_bytes": int,
+              "calls": [{"name", "prompt_tokens", "tokens", "wall_s", "first_s" | null, "last_s" | null, "ended"}, …]}
+
+`started` and `ended` are readings of the system's monotonic clock, the same in every process. `first_s` and `last_s`
+are when the first and the last chunk of a streamed call arrived, from the call's begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+SAMPLING = {"top_k": 40, "top_p": 0.95, "min_p": 0.05, "temperature": 0.8}
+"""llama.cpp's default sampler chain: what every `sampled` call uses."""
+
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One text to generate: `n_tokens` after `prompt`, greedy unless `sampled`."""
+
+    name: str
+    prompt: str
+    n_tokens: int
+    sampled: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one adapter has to do; `server` is the path of the program for adapters that start one."""
+
+    model: str
+    n_ctx: int
+    n_threads: int | None = None
+    calls: tuple[Call, ...] = ()
+    server: str | None = None
+
+    def to_json(self) -> str:
+        """The request as an adapter reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        """The request that `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "calls": tuple(Call(**call) for call in fields["calls"])})
+
+
+@dataclass
+class Chunks:
+    """Counts chunks of text as they arrive, and remembers when the first and the last one did."""
+
+    n: int = 0
+    first: float | None = None
+    last: float | None = None
+
+    def arrived(self) -> None:
+        """Take note that a chunk is here."""
+        self.last = time.monotonic()
+        self.n += 1
+        if self.first is None:
+            self.first = self.last
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one call, as the subject counts them."""
+
+    prompt_tokens: int
+    tokens: int
+
+
+class Peer(Protocol):
+    """A loaded model that answers calls; `started` and `pid` name another process where the model lives in one."""
+
+    started: float | None
+    pid: int
+
+    def version(self) -> str:
+        """The subject's own version; asked for after the clock has stopped."""
+
+    def generate(self, call: Call, chunks: Chunks) -> Counts:
+        """Generate; tell `chunks` of each chunk when `call.stream`."""
+
+    def close(self) -> None:
+        """Stop what was started."""
+
+
+class InProcess:
+    """The part of a `Peer` that is the same for all that load the model into the adapter's own process."""
+
+    started: float | None = None
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+
+    def close(self) -> None:
+        """Nothing to stop: the process ends."""
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """The most memory that a process has had resident (VmHWM; pages of a mapped file count)."""
+    with Path(f"/proc/{pid}/status").open(encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no VmHWM line")
+
+
+def make_call(peer: Peer, call: Call) -> dict[str, Any]:
+    """One row of the reply. Raises RuntimeError if the subject ended before `n_tokens`: its time would not compare."""
+    chunks = Chunks()
+    begin = time.monotonic()
+    counts = peer.generate(call, chunks)
+    ended = time.monotonic()
+    if counts.tokens < call.n_tokens:
+        raise RuntimeError(f"call {call.name!r} gave {counts.tokens} of {call.n_tokens} tokens; it can't be compared")
+    return {
+        "name": call.name,
+        **asdict(counts),
+        "wall_s": ended - begin,
+        "first_s": None if chunks.first is None else chunks.first - begin,
+        "last_s": None if chunks.last is None else chunks.last - begin,
+        "ended": ended,
+    }
+
+
+def serve(open_peer: Callable[[Request], Peer], doc: str | None) -> None:
+    """Answer the request on standard input; an adapter's whole main program."""
+    if len(sys.argv) > 1:  # no argparse: its import would be part of every start that load.py measures
+        print(f"usage: {Path(sys.argv[0]).name} < request.json\n\n{doc}\n{__doc__}")
+        return
+    reply_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever the subject's own code prints must not end up inside the reply
+    request = Request.from_json(sys.stdin.read())
+    peer = open_peer(request)
+    try:
+        calls = [make_call(peer, call) for call in request.calls]
+        reply = {
+            "version": peer.version(),
+            "started": peer.started,
+            "rss_bytes": peak_rss_bytes(peer.pid),
+            "calls": calls,
+        }
+    finally:
+        peer.close()
+    reply_to.write(json.dumps(reply) + "\n")
+    reply_to.close()

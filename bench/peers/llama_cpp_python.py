@@ -1,0 +1,46 @@
+"""llama-cpp-python through `Llama.create_completion`, flash attention on as in llama.cpp's own programs."""
+
+from __future__ import annotations
+
+from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, serve
+
+
+class LlamaCppPython(InProcess):
+    """A `Llama`; its prompt batch is llama.cpp's own default of 2,048, not its 512."""
+
+    def __init__(self, request: Request) -> None:
+        import llama_cpp
+
+        super().__init__()
+        self._llama = llama_cpp.Llama(
+            request.model,
+            n_ctx=request.n_ctx,
+            n_batch=2048,
+            n_ubatch=512,
+            n_threads=request.n_threads,
+            n_threads_batch=request.n_threads,
+            flash_attn=True,
+            no_perf=True,
+            verbose=False,
+        )
+
+    def version(self) -> str:
+        import llama_cpp
+
+        return str(llama_cpp.__version__)
+
+    def generate(self, call: Call, chunks: Chunks) -> Counts:
+        sampling = SAMPLING if call.sampled else {"temperature": 0.0}
+        options = {"max_tokens": call.n_tokens, "seed": SEED, "repeat_penalty": 1.0, **sampling}
+        if not call.stream:
+            usage = self._llama.create_completion(call.prompt, **options)["usage"]
+            return Counts(usage["prompt_tokens"], usage["completion_tokens"])
+        for _ in self._llama.create_completion(call.prompt, stream=True, **options):
+            chunks.arrived()
+        # A stream carries no usage. The context holds the prompt and all that was generated but the last token.
+        prompt_tokens = len(self._llama.tokenize(call.prompt.encode(), special=True))
+        return Counts(prompt_tokens, self._llama.n_tokens - prompt_tokens + 1)
+
+
+if __name__ == "__main__":
+    serve(LlamaCppPython, __doc__)

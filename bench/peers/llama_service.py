@@ -1,0 +1,23 @@
+"""The request that llama-server and xllamacpp, which carries llama-server inside, both understand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapter import SAMPLING, SEED, Call, Counts
+
+# Only the samplers that every subject runs: the server's own default chain has five more, all switched off.
+_CHAIN = ["top_k", "top_p", "min_p", "temperature"]
+
+
+def completion_body(call: Call) -> dict[str, Any]:
+    """The body of a completion request that reuses nothing of an earlier prompt."""
+    sampling = {**SAMPLING, "samplers": _CHAIN} if call.sampled else {"temperature": 0.0}
+    body = {"prompt": call.prompt, "stream": call.stream, "cache_prompt": False, "seed": SEED, **sampling}
+    return {**body, "n_predict": call.n_tokens, "max_tokens": call.n_tokens}
+
+
+def counts_of(reply: dict[str, Any]) -> Counts:
+    """The counts in the last message of a stream, or in the only one of a plain call."""
+    timings = reply["timings"]
+    return Counts(timings["prompt_n"], timings["predicted_n"])

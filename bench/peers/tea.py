@@ -1,0 +1,36 @@
+"""tea_llm through its public API."""
+
+from __future__ import annotations
+
+from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, serve
+
+
+class Tea(InProcess):
+    """A `LocalLlmBackend` with the request's context and threads; None leaves the thread count to tea_llm."""
+
+    def __init__(self, request: Request) -> None:
+        from tea_llm import LlmCallParams, LocalLlmBackend
+
+        super().__init__()
+        self._params = LlmCallParams
+        self._backend = LocalLlmBackend(request.model, n_ctx=request.n_ctx, n_threads=request.n_threads)
+
+    def version(self) -> str:
+        from importlib.metadata import version
+
+        return version("tea_llm")
+
+    def generate(self, call: Call, chunks: Chunks) -> Counts:
+        sampling = SAMPLING if call.sampled else {"temperature": 0}
+        params = self._params(prompt=call.prompt, max_tokens=call.n_tokens, seed=SEED, **sampling)
+        result = self._backend.generate(params, (lambda _text: chunks.arrived()) if call.stream else None)
+        if result.usage is None:
+            raise RuntimeError("the result has no usage; the tokens can't be counted")
+        return Counts(result.usage.prompt_tokens, result.usage.completion_tokens)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+if __name__ == "__main__":
+    serve(Tea, __doc__)

@@ -1,0 +1,54 @@
+"""xllamacpp through `Server.handle_completions`: llama-server inside the process, one slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapter import Call, Chunks, Counts, InProcess, Request, serve
+from llama_service import completion_body, counts_of
+
+
+class Xllamacpp(InProcess):
+    """A `Server` without warm-up, log, user interface or prompt cache."""
+
+    def __init__(self, request: Request) -> None:
+        import xllamacpp
+
+        super().__init__()
+        params = xllamacpp.CommonParams()
+        params.model.path = request.model
+        params.n_ctx = request.n_ctx
+        params.n_parallel = 1
+        params.warmup = False
+        params.fit_params = False
+        params.cache_ram_mib = 0
+        params.n_ctx_checkpoints = 0
+        params.ui = False
+        params.verbosity = -1
+        if request.n_threads is not None:
+            params.cpuparams.n_threads = request.n_threads
+            params.cpuparams_batch.n_threads = request.n_threads
+        self._server = xllamacpp.Server(params)
+
+    def version(self) -> str:
+        import xllamacpp
+
+        return str(xllamacpp.__version__)
+
+    def generate(self, call: Call, chunks: Chunks) -> Counts:
+        body = completion_body(call)
+        if not call.stream:
+            return counts_of(self._server.handle_completions(body))
+        last: dict[str, Any] = {}
+
+        def on_chunk(message: dict[str, Any]) -> None:
+            nonlocal last
+            chunks.arrived()
+            last = message
+
+        self._server.handle_completions(body, on_chunk)
+        return counts_of(last)
+
+
+if __name__ == "__main__":
+    serve(Xllamacpp, __doc__)
