@@ -1,0 +1,392 @@
+"""What the OpenAI API's requests and answers look like; pure functions, no input or output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import quote, urlsplit
+
+from .errors import BadRequest, SettingsError
+from .params import LlmCallParams, LlmCallResult, Usage
+from .settings import ApiEndpoint, LlmSettings
+
+__all__ = [
+    "ADVICE",
+    "BODY_FIELDS",
+    "DEFAULT_MODELS",
+    "EMBEDDING_BATCH",
+    "RETRIED_STATUSES",
+    "Answer",
+    "BodyField",
+    "Patience",
+    "Request",
+    "amended",
+    "as_float32",
+    "chat_body",
+    "cut",
+    "extra_body",
+    "headers_of",
+    "is_own",
+    "key_variable",
+    "normalized",
+    "patience_of",
+    "retry_after_s",
+    "server_words",
+    "shown",
+    "status_line",
+    "url_of",
+    "usage_of",
+    "vectors_of",
+]
+
+EMBEDDING_BATCH: Final = 2048
+"""Texts per embedding request; OpenAI's limit."""
+
+
+@dataclass(frozen=True)
+class BodyField:
+    """How a sampling field is sent: its API name, whether OpenAI itself knows it, which value switches it off."""
+
+    name: str
+    openai: bool = False
+    off: Any = None  # None: leaving it out is off
+
+
+BODY_FIELDS: Final[Mapping[str, BodyField]] = {
+    # https://platform.openai.com/docs/api-reference/chat/create
+    "seed": BodyField("seed", openai=True),
+    "top_p": BodyField("top_p", openai=True, off=1.0),
+    "frequency_penalty": BodyField("frequency_penalty", openai=True, off=0.0),
+    "presence_penalty": BodyField("presence_penalty", openai=True, off=0.0),
+    "logit_bias": BodyField("logit_bias", openai=True),
+    # llama.cpp, tools/server/README.md; vLLM and Ollama know some of them
+    "top_k": BodyField("top_k", off=0),
+    "min_p": BodyField("min_p", off=0.0),
+    "typical_p": BodyField("typical_p", off=1.0),
+    "top_n_sigma": BodyField("top_n_sigma", off=-1.0),
+    "xtc_probability": BodyField("xtc_probability", off=0.0),
+    "xtc_threshold": BodyField("xtc_threshold"),
+    "dry_multiplier": BodyField("dry_multiplier", off=0.0),
+    "dry_base": BodyField("dry_base"),
+    "dry_allowed_length": BodyField("dry_allowed_length"),
+    "dry_penalty_last_n": BodyField("dry_penalty_last_n", off=0),
+    "dry_sequence_breakers": BodyField("dry_sequence_breakers"),
+    "repeat_penalty": BodyField("repeat_penalty", off=1.0),
+    "repeat_last_n": BodyField("repeat_last_n", off=0),
+    "mirostat": BodyField("mirostat", off=0),
+    "mirostat_tau": BodyField("mirostat_tau"),
+    "mirostat_eta": BodyField("mirostat_eta"),
+    "grammar": BodyField("grammar"),
+}
+
+_RETRY_KEYS: Final = ("max_retries", "base_delay", "max_delay")
+
+_NEVER_SENT: Final = frozenset(
+    {f.name for f in dataclasses.fields(LlmSettings)}  # settings of ours, n_ctx or api_key say nothing to a server
+    | set(_RETRY_KEYS)
+    | {"api_url", "base_url", "truncate", "stream", "prompt", "messages", "callback", "print", "extra_body"}
+    | {"state", "config", "node", "graph", "parallel_results", "engine"}  # what workflow engines pass to an action
+)
+
+DEFAULT_MODELS: Final = {"chat": "gpt-4o-mini", "embeddings": "text-embedding-3-small"}  # at OpenAI itself
+
+_KEY_VARIABLES: Final = {"openai": "OPENAI_API_KEY", "azure": "AZURE_OPENAI_API_KEY"}
+
+RETRIED_STATUSES: Final = frozenset({408, 409, 429})  # and 500 and above
+
+ADVICE: Final[Mapping[int, str]] = {
+    400: "change the request",
+    401: "check {key}",
+    403: "check {key}, and what it may use",
+    404: "check llm.api_base and the model's name",
+    405: "check llm.api_base",
+    413: "send less text",
+    422: "change the request",
+    429: "wait, or raise max_retries",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request; `method url` is how errors and logs call it."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.method} {shown(self.url)}"
+
+    def content(self) -> bytes | None:
+        """The body as JSON."""
+        if self.body is None:
+            return None
+        try:
+            return json.dumps(self.body, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as exc:
+            raise BadRequest(f"the request can't be written as JSON: {exc}; check messages and extra") from exc
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one attempt may take, how many follow it, and how far apart."""
+
+    timeout_s: float | None
+    max_retries: int
+    base_delay: float = 1.0
+    max_delay: float = 60.0
+
+
+def shown(url: str) -> str:
+    """The URL without user, password and query."""
+    address, _, _ = url.partition("?")
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def url_of(endpoint: ApiEndpoint, path: str, deployment: str | None = None) -> str:
+    """Where `path` ("chat/completions", "embeddings", "models") is asked for at `endpoint`."""
+    base = endpoint.base_url.rstrip("/").removesuffix("/chat/completions").removesuffix("/embeddings")
+    if endpoint.provider == "azure" and not base.endswith("/openai/v1"):
+        version = quote(endpoint.api_version or "", safe="")
+        where = f"deployments/{quote(deployment, safe='')}/" if deployment else ""
+        return f"{base.removesuffix('/openai')}/openai/{where}{path}?api-version={version}"
+    if endpoint.provider == "ollama" and not base.endswith("/v1"):
+        base += "/v1"
+    return f"{base}/{path}"
+
+
+def headers_of(endpoint: ApiEndpoint) -> dict[str, str]:
+    """The headers, with the key where the provider wants it. Raises SettingsError for a key that none can hold."""
+    headers = {"Content-Type": "application/json", "User-Agent": "tea-llm"}
+    key = endpoint.api_key
+    if not key:
+        return headers
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise SettingsError(
+            f"the key for {endpoint.provider} holds a space at an end, a line break or a character that HTTP can't "
+            f"send; set {key_variable(endpoint)} again"
+        )
+    return headers | ({"api-key": key} if endpoint.provider == "azure" else {"Authorization": f"Bearer {key}"})
+
+
+def key_variable(endpoint: ApiEndpoint) -> str:
+    """Where the endpoint's key is set."""
+    variable = _KEY_VARIABLES.get(endpoint.provider)
+    return f"{variable} or llm.api_key" if variable else "llm.api_key"
+
+
+def is_own(endpoint: ApiEndpoint) -> bool:
+    """Whether this is OpenAI or Azure itself, which refuse fields that they don't know."""
+    host = urlsplit(endpoint.base_url).hostname or ""
+    return endpoint.provider == "azure" or host.endswith((".openai.com", ".azure.com"))
+
+
+def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> dict[str, Any]:
+    """The body of a chat completion. Raises BadRequest for a field that OpenAI or Azure (`own`) don't know."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [dict(m) for m in params.messages or ({"role": "user", "content": params.prompt},)],
+        "temperature": params.temperature,
+    }
+    if params.max_tokens is not None:
+        body["max_tokens"] = params.max_tokens
+    if params.stops:
+        body["stop"] = list(params.stops)
+    given = params.given() | ({} if params.grammar is None else {"grammar": params.grammar})
+    for name, value in given.items():
+        row = BODY_FIELDS[name]
+        if own and not row.openai:
+            raise BadRequest(
+                f"{name} is set, and OpenAI's and Azure's APIs have no such parameter; leave it out, or set "
+                "llm.api_base to a server that has it, such as llama-server or vLLM"
+            )
+        if value is None:
+            value = row.off
+        if name == "logit_bias":
+            value = {str(token): bias for token, bias in value.items()}
+        if value is not None:
+            body[row.name] = value
+    body |= extra_body(params.extra)
+    if stream:
+        body = {"stream_options": {"include_usage": True}} | body | {"stream": True}
+    return body
+
+
+def extra_body(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What `extra` adds to a body: its keys but for ours, and whatever `extra_body` in it holds."""
+    more = extra.get("extra_body") or {}
+    if not isinstance(more, Mapping):
+        raise BadRequest(f"extra_body is {type(more).__name__}; give a mapping of further API parameters")
+    return {key: value for key, value in extra.items() if key not in _NEVER_SENT} | dict(more)
+
+
+def patience_of(settings: LlmSettings, extra: Mapping[str, Any], timeout_s: float | None) -> Patience:
+    """The settings' patience, but for what a call says itself."""
+    said = {key: extra[key] for key in _RETRY_KEYS if extra.get(key) is not None}
+    for key, value in said.items():
+        kinds = int if key == "max_retries" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < 0:
+            what = "whole number of retries" if key == "max_retries" else "number of seconds"
+            raise BadRequest(f"{key} is {value!r}; give a {what}, 0 or more")
+    return Patience(
+        timeout_s=settings.timeout if timeout_s is None else timeout_s,
+        max_retries=said.pop("max_retries", settings.max_retries),
+        **said,
+    )
+
+
+def amended(body: Mapping[str, Any] | None, status: int, words: str) -> dict[str, Any] | None:
+    """The body in the server's own dialect, where it was refused for one of two known differences; else None."""
+    if body is None or status not in (400, 422):
+        return None
+    if "stream_options" in body and "stream_options" in words:  # older and smaller servers
+        return {key: value for key, value in body.items() if key != "stream_options"}
+    if "max_tokens" in body and "max_completion_tokens" in words:  # OpenAI's reasoning models
+        return {("max_completion_tokens" if key == "max_tokens" else key): value for key, value in body.items()}
+    return None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            until = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        if until.tzinfo is None:  # "-0000": a time in UTC, from nowhere in particular
+            until = until.replace(tzinfo=UTC)
+        seconds = (until - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+class Answer:
+    """A chat completion, fed object by object: one whole reply, or each event of a stream."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.finish_reason: str | None = None
+        self._chunks: list[str] = []
+        self._tool_calls: list[dict[str, Any]] = []
+        self._usage: Usage | None = None
+
+    @property
+    def content(self) -> str:
+        """The text so far."""
+        return "".join(self._chunks)
+
+    def feed(self, reply: Mapping[str, Any]) -> str:
+        """The text that `reply` adds. Raises KeyError, TypeError, ValueError or AttributeError where it isn't one."""
+        self.model = reply.get("model") or self.model
+        if usage := reply.get("usage"):
+            self._usage = usage_of(usage)
+        for choice in reply["choices"]:
+            if choice.get("index", 0) == 0:
+                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+                return self._said(choice.get("delta") or choice.get("message") or {})
+        return ""
+
+    def result(self, finish_reason: str | None = None) -> LlmCallResult:
+        """What was said, with `finish_reason` in place of the server's."""
+        return LlmCallResult(
+            self.content,
+            self.model,
+            tokens_used=self._usage.total_tokens if self._usage else None,
+            finish_reason=finish_reason or self.finish_reason,
+            usage=self._usage,
+            tool_calls=tuple(self._tool_calls),
+        )
+
+    def _said(self, message: Mapping[str, Any]) -> str:
+        for call in message.get("tool_calls") or ():
+            self._merge(call)
+        content = message.get("content") or ""
+        if not isinstance(content, str):  # a list of parts
+            content = "".join(part.get("text") or "" for part in content)
+        if content:
+            self._chunks.append(content)
+        return content
+
+    def _merge(self, delta: Mapping[str, Any]) -> None:
+        """Put a piece of a tool call where it belongs: by its index, or after the last where a server gives none."""
+        calls = self._tool_calls
+        index = delta.get("index")
+        if index is None:
+            index = len(calls) if delta.get("id") or not calls else len(calls) - 1
+        if not 0 <= index <= len(calls):
+            raise ValueError(f"tool call {index} follows {len(calls)} others")
+        if index == len(calls):
+            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[index], delta.get("function") or {}
+        call["id"] = call["id"] or delta.get("id") or ""
+        call["type"] = delta.get("type") or call["type"]
+        call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+
+def usage_of(usage: Mapping[str, Any]) -> Usage:
+    """The tokens that a reply counts."""
+    return Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+
+
+def server_words(reply: Any) -> str:
+    """What an error reply says for itself, in the forms that servers use; at most 500 characters."""
+    if isinstance(reply, Mapping):
+        said = next((reply[key] for key in ("error", "message", "detail") if reply.get(key)), reply)
+        if isinstance(said, Mapping):
+            said = said.get("message") or said
+        reply = said
+    text = reply if isinstance(reply, str) else json.dumps(reply, ensure_ascii=False, default=str)
+    return " ".join(text.split())[:500]
+
+
+def vectors_of(reply: Mapping[str, Any], n_texts: int) -> list[list[float]]:
+    """The vectors of an embedding reply in the order asked. Raises as `Answer.feed` does."""
+    by_index = {row.get("index", i): row["embedding"] for i, row in enumerate(reply["data"])}
+    if sorted(by_index) != list(range(n_texts)):
+        raise ValueError(f"{len(by_index)} vectors for {n_texts} texts")
+    return [[float(x) for x in by_index[i]] for i in range(n_texts)]
+
+
+def cut(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first `dimensions` numbers; None: all. Raises BadRequest when there are fewer."""
+    if dimensions is None:
+        return vector
+    if dimensions > len(vector):
+        raise BadRequest(f"dimensions is {dimensions}, and the model's vectors have {len(vector)}; ask for fewer")
+    return vector[:dimensions]
+
+
+def normalized(vector: list[float]) -> list[float]:
+    """The vector at length 1; one of zeros stays as it is."""
+    length = math.hypot(*vector)
+    return [x / length for x in vector] if length else vector
+
+
+def as_float32(vectors: list[list[float]]) -> Any:
+    """The vectors as one numpy array. Raises BadRequest without numpy."""
+    try:
+        import numpy as np
+    except ImportError as exc:
+        raise BadRequest("as_numpy needs numpy, which isn't installed; pip install numpy, or leave it out") from exc
+    return np.asarray(vectors, dtype=np.float32).reshape(len(vectors), -1 if vectors else 0)
+
+
+def status_line(status: int) -> str:
+    """The status with its name: "429 Too Many Requests"."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
