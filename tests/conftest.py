@@ -1,0 +1,40 @@
+"""What several test modules need: the shared models, and a real llama-server on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The directory of small real models; skips where it is missing."""
+    shared = Path(os.environ.get("TEA_LLM_SHARED") or Path(__file__).parents[2] / "shared")
+    models = shared / "models"
+    if not models.is_dir():
+        pytest.skip(f"no shared models at {models}; set TEA_LLM_SHARED to the directory that holds models/")
+    return models
+
+
+@pytest.fixture(scope="session")
+def llama_server(shared_models: Path) -> Iterator[str]:
+    """The base address (…/v1) of llama.cpp's own server, on the small chat model, in a process of its own."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed; it starts the llama-server that these tests talk to")
+    program = Path(__file__).with_name("llama_server.py")
+    model = shared_models / "stories260K-chat-q8_0.gguf"
+    with subprocess.Popen(
+        [sys.executable, program, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        address = process.stdout.readline().decode().strip()
+        assert address.startswith("http"), f"llama-server did not start on {model}"
+        yield f"{address}/v1"
+        process.stdin.close()  # its end
