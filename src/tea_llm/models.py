@@ -71,7 +71,10 @@ def resolve_model_path(
 def _settings_path(settings: Mapping[str, Any] | LlmSettings | None) -> str | os.PathLike[str] | None:
     if isinstance(settings, LlmSettings):
         return settings.model_path
-    path = ((settings or {}).get("llm") or {}).get("model_path")
+    llm = (settings or {}).get("llm") or {}
+    if not isinstance(llm, Mapping):
+        raise SettingsError(f"settings.llm is a {type(llm).__name__}; give a mapping of keys to values")
+    path = llm.get("model_path")
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise SettingsError(f"settings.llm.model_path is {path!r}; give the path of a file")
     return path
@@ -190,7 +193,8 @@ _SCALARS = {
     number: _Scalar(name, struct.Struct("<" + code))
     for number, name, code in (
         (0, "uint8", "B"), (1, "int8", "b"), (2, "uint16", "H"), (3, "int16", "h"), (4, "uint32", "I"),
-        (5, "int32", "i"), (6, "float32", "f"), (7, "bool", "?"), (10, "uint64", "Q"), (11, "int64", "q"), (12, "float64", "d"),
+        (5, "int32", "i"), (6, "float32", "f"), (7, "bool", "?"), (10, "uint64", "Q"),
+        (11, "int64", "q"), (12, "float64", "d"),
     )
 }  # fmt: skip
 _U32 = struct.Struct("<I")
