@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import WorkflowError
 
-__all__ = ["MAX_TEXT", "check_condition", "check_template", "holds", "render"]
+__all__ = ["MAX_TEXT", "check_condition", "check_template", "holds", "is_template", "render"]
 
 logger = logging.getLogger("tea_llm")
 
@@ -73,9 +73,14 @@ _ENVIRONMENT = _Environment(undefined=_Missing, autoescape=False, keep_trailing_
 _ENVIRONMENT.filters.update(tojson=_to_json, json=_to_json, fromjson=json.loads)  # Jinja2's own tojson escapes for HTML
 
 
+def is_template(value: Any) -> bool:
+    """Whether a value is a text with a template in it."""
+    return isinstance(value, str) and any(mark in value for mark in ("{{", "{%", "{#"))
+
+
 def check_template(text: str) -> None:
     """Nothing, for a text whose templates parse. Raises WorkflowError with Jinja2's words otherwise."""
-    if _has_template(text):
+    if is_template(text):
         _compiled(text)
 
 
@@ -91,7 +96,7 @@ def render(value: Any, scope: Mapping[str, Any]) -> Any:
     Raises WorkflowError for a template that doesn't parse, fails, or gives more than `MAX_TEXT` characters.
     """
     if isinstance(value, str):
-        return _render_text(value, scope) if _has_template(value) else value
+        return _render_text(value, scope) if is_template(value) else value
     if isinstance(value, Mapping):
         return {render(key, scope): render(item, scope) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -112,16 +117,12 @@ def holds(condition: Any, scope: Mapping[str, Any]) -> bool:
 
 def _as_template(condition: str) -> str:
     text = condition.strip()
-    if _has_template(text):
+    if is_template(text):
         return text
     bare = text.removeprefix("!").strip()
     if bare.isidentifier() and bare.lower() not in {"true", "false", "none"}:
         text = f"not state[{bare!r}]" if text.startswith("!") else f"state[{bare!r}]"
     return "{{ " + text + " }}"
-
-
-def _has_template(text: str) -> bool:
-    return any(mark in text for mark in ("{{", "{%", "{#"))
 
 
 def _render_text(text: str, scope: Mapping[str, Any]) -> Any:

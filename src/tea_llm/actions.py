@@ -1,0 +1,508 @@
+"""The llm actions: what a workflow node calls, under every name an engine knows it by.
+
+Adding an action is one function and one row in `ACTIONS`. Every action takes `state` first, returns a dict, and never
+raises: a failure is `{"error": text, "success": False}`. What a node leaves unsaid comes from `settings.llm`, read when
+the action runs, and then from the action's row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from .backend import BackendPool, LlmBackend, RequestBackend
+from .errors import ApiError, BadRequest, FallbackError, LlmError
+from .models import resolve_model_path
+from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message
+from .settings import LlmSettings, expand_path
+
+__all__ = ["ACTIONS", "Action", "ActionFunction", "Ask", "__tea_actions__", "register_actions"]
+
+logger = logging.getLogger("tea_llm")
+
+ActionFunction: TypeAlias = Callable[..., Any]
+
+_PARAM_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmCallParams)) - {"extra", "timeout_s"}
+_SETTINGS_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmSettings)) | {"api_url", "base_url"}
+_CALL_FIELDS = frozenset({"model", "temperature", "max_tokens", "max_retries", "timeout"})  # a call's, not a backend's
+_RETRY_FIELDS = ("max_retries", "base_delay", "max_delay")  # travel to the API backend in `LlmCallParams.extra`
+_NONE_MEANS_OFF = _PARAM_FIELDS - {"model", "messages", "prompt", "stop", "temperature"} | {"timeout"}
+_OF_THE_ENGINE = frozenset({  # what engines pass along or inject, and no API is to see
+    "config", "node", "graph", "parallel_results", "engine", "checkpoint_dir", "last_checkpoint",
+    "opik_trace", "opik_project_name", "shell_provider", "shell_providers",
+})
+
+
+class _Room:
+    """What the actions of one engine share: its settings, its registry, and the backends kept between calls."""
+
+    def __init__(self, registry: MutableMapping[str, ActionFunction], engine: Any) -> None:
+        self.registry = registry
+        self.engine = engine
+        self._pool: BackendPool | None = None
+        self._lock = threading.Lock()
+
+    def llm_settings(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """`settings.llm` as it is now, its templates filled in; {} where the engine has none."""
+        config = _mapping(getattr(self.engine, "_config", None))
+        settings = _mapping(config.get("settings"))
+        llm = _mapping(settings.get("llm")) or _mapping(getattr(self.engine, "llm_settings", None))
+        if not llm:
+            return {}
+        from .template import render  # here, so that actions without settings do without Jinja2
+
+        scope = {
+            "state": state,
+            "variables": _mapping(getattr(self.engine, "variables", None)),
+            "secrets": _mapping(getattr(self.engine, "secrets", None)),
+            "settings": settings,
+            "env": os.environ,
+        }
+        return dict(render(llm, scope))
+
+    @property
+    def cli(self) -> Mapping[str, Any]:
+        """What the command line said: `model_path` and `backend`, where it said them."""
+        return _mapping(getattr(self.engine, "cli_overrides", None))
+
+    def backend(self, settings: LlmSettings) -> LlmBackend:
+        """The backend to ask, made once for equal settings."""
+        given = getattr(self.engine, "llm_backend", None)
+        if isinstance(given, LlmBackend):
+            return given
+        pool = getattr(self.engine, "llm_backend_pool", None)
+        if isinstance(pool, BackendPool):
+            return pool.get(settings, cli=self.cli)
+        with self._lock:
+            if self._pool is None:
+                self._pool = BackendPool()
+        return self._pool.get(settings, cli=self.cli)
+
+    def answers_locally(self, settings: LlmSettings) -> bool:
+        """Whether a model on this machine is to answer, as far as that is known before it is loaded."""
+        if isinstance(getattr(self.engine, "llm_backend", None), LlmBackend):
+            return False  # somebody's own backend, which knows what it can
+        path = self.cli.get("model_path")
+        backend = self.cli.get("backend") or ("local" if path else settings.backend)
+        return backend == "local" or (backend == "auto" and resolve_model_path(settings, path) is not None)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One call of an action. `values` has every parameter of the action's row, `more` what was said beyond them."""
+
+    room: _Room
+    state: Mapping[str, Any]
+    said: Mapping[str, Any]
+    values: Mapping[str, Any]
+    more: Mapping[str, Any]
+    settings: LlmSettings
+
+    @property
+    def backend(self) -> LlmBackend:
+        """Who answers."""
+        return self.room.backend(self.settings)
+
+    def params(self, *, messages: Sequence[Message] | None = None, **extra: Any) -> LlmCallParams:
+        """The request; `extra` goes into the body of an API call along with what no one here knows."""
+        fields = {name: value for name, value in self.more.items() if name in _PARAM_FIELDS}
+        for name, value in self.more.items():
+            if name not in _PARAM_FIELDS and name not in _SETTINGS_FIELDS and value is not None:
+                extra.setdefault(name, value)
+        extra.update({name: self.said[name] for name in _RETRY_FIELDS if name in self.said})
+        prompt = self.values["prompt"]
+        if messages is None:
+            messages = self.messages()
+        return LlmCallParams(
+            prompt="" if prompt is None else str(prompt) if isinstance(prompt, (int, float)) else prompt,
+            messages=messages,
+            model=None if _is_model_file(self.said.get("model"), self.settings) else self.said.get("model"),
+            max_tokens=self.values["max_tokens"],
+            temperature=self.values["temperature"],
+            stop=self.values["stop"],
+            timeout_s=self.said.get("timeout"),
+            extra=extra,
+            **fields,
+        )
+
+    def messages(self, *, chat: bool = False) -> list[Message] | None:
+        """The messages to answer; None for a prompt that is to be continued as it stands (never with `chat`)."""
+        messages, prompt, system = self.values["messages"], self.values["prompt"], self.values["system"]
+        if not messages and prompt is None:
+            raise BadRequest("Missing required parameter: prompt or messages")
+        if not messages:
+            if system is None and not chat:
+                return None
+            messages = [{"role": "user", "content": str(prompt)}]
+        if system is not None and isinstance(messages, (list, tuple)) and not _has_system(messages):
+            messages = [{"role": "system", "content": str(system)}, *messages]
+        return messages  # type: ignore[no-any-return]  # whatever was given; LlmCallParams checks it
+
+
+def _call(ask: Ask) -> dict[str, Any]:
+    """Continue `prompt`, or answer `messages` (or `system` and `prompt`); `max_retries` as said."""
+    return _as_dict(ask.backend.call(ask.params()))
+
+
+def _chat(ask: Ask) -> dict[str, Any]:
+    """Answer `messages`, or `prompt` with an optional `system`."""
+    return _as_dict(ask.backend.call(ask.params(messages=ask.messages(chat=True))))
+
+
+def _retry(ask: Ask) -> dict[str, Any]:
+    """As `llm.call`, with three retries unless the node says otherwise."""
+    said = {"max_retries": ask.values["max_retries"], **ask.said}
+    return _call(dataclasses.replace(ask, said=said))
+
+
+def _stream(ask: Ask) -> dict[str, Any]:
+    """As `llm.call`, each chunk handed to `callback` and, with `print`, written to stderr, as soon as it is there."""
+    callback, printing = ask.values["callback"], ask.values["print"]
+    if callback is not None and not callable(callback):
+        raise BadRequest(f"callback is {callback!r}; give a callable that takes one chunk of text")
+    chunk_count = 0
+
+    def on_chunk(chunk: str) -> object:
+        nonlocal chunk_count
+        chunk_count += 1
+        if printing:
+            print(chunk, end="", file=sys.stderr, flush=True)
+        return callback(chunk) if callback is not None else None
+
+    try:
+        result = ask.backend.stream(ask.params(), on_chunk)
+    finally:
+        if printing and chunk_count:
+            print(file=sys.stderr, flush=True)
+    return {**_as_dict(result), "streamed": True, "chunk_count": chunk_count}
+
+
+def _embed(ask: Ask) -> dict[str, Any]:
+    """The vector of `text`, and with a list of texts all their vectors as `embeddings`."""
+    text = ask.values["text"]
+    if text is None:
+        raise BadRequest("Missing required parameter: text")
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise BadRequest(f"text is {text!r:.80}; give a string or a non-empty list of strings")
+    vectors = _vectors(ask, list(texts))
+    embeddings = [[float(x) for x in vector] for vector in vectors.embeddings]
+    answer: dict[str, Any] = {"embedding": embeddings[0], "dimensions": len(embeddings[0]), **_origin(vectors)}
+    if not isinstance(text, str):
+        answer["embeddings"] = embeddings
+    return answer
+
+
+def _vectors(ask: Ask, texts: list[str]) -> LlmEmbedResult:
+    backend, options = ask.backend, {"normalize": ask.values["normalize"], "dimensions": ask.values["dimensions"]}
+    if not isinstance(backend, RequestBackend):
+        return LlmEmbedResult(backend.embed(texts, **options), model=type(backend).__name__)
+    options["model"] = None if _is_model_file(ask.said.get("model"), ask.settings) else ask.said.get("model")
+    return backend.embeddings(texts, **options)
+
+
+def _tools(ask: Ask) -> dict[str, Any]:
+    """Answer with the help of `tools`: run the action of each tool the model calls, feed back what it gave, repeat."""
+    if ask.room.answers_locally(ask.settings):
+        raise BadRequest("llm.tools can't call tools with a local model yet; set backend: api for this node")
+    tools = [_Tool.from_mapping(tool, i, ask.room.registry) for i, tool in enumerate(ask.values["tools"] or ())]
+    by_name = {tool.name: tool for tool in tools}
+    messages: list[Message] = list(ask.messages(chat=True) or ())
+    body = {"tools": [tool.schema for tool in tools], "tool_choice": ask.values["tool_choice"]} if tools else {}
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {"content": "", "tool_calls": calls, "tool_results": results, "rounds": 0}
+    while answer["rounds"] < ask.values["max_tool_rounds"]:
+        result = ask.backend.call(ask.params(messages=messages, **body))
+        answer.update(_as_dict(result), tool_calls=calls)
+        if not result.tool_calls:
+            return answer
+        answer["rounds"] += 1
+        messages.append({"role": "assistant", "content": result.content or None, "tool_calls": list(result.tool_calls)})
+        for call in result.tool_calls:
+            record, text = _run_tool(call, by_name, ask)
+            calls.append(record)
+            results.append({"tool_call_id": record["id"], "name": record["name"], "result": text})
+            messages.append({"role": "tool", "tool_call_id": record["id"], "content": text})
+    return {**answer, "warning": f"Max tool rounds ({ask.values['max_tool_rounds']}) reached"}
+
+
+@dataclass(frozen=True)
+class _Tool:
+    """A tool as the model sees it (`schema`, OpenAI's form) and the action behind it, None where there is none."""
+
+    name: str
+    schema: Mapping[str, Any]
+    action: ActionFunction | None
+
+    @classmethod
+    def from_mapping(cls, tool: Any, i: int, registry: Mapping[str, ActionFunction]) -> _Tool:
+        """The tool that `tools[i]` describes: `{name, description, parameters, action}`, or OpenAI's own form."""
+        if not isinstance(tool, Mapping):
+            raise BadRequest(f"tools[{i}] is {tool!r:.80}; give a mapping: name, description, parameters, action")
+        function = _mapping(tool.get("function")) or tool
+        name, action = function.get("name"), tool.get("action")
+        if not isinstance(name, str) or not name:
+            raise BadRequest(f"tools[{i}] has no name; give it one")
+        if action is not None and action not in registry:
+            raise BadRequest(f"tools[{i}].action is {action!r}, which is no known action; register it first")
+        described = {
+            **(function if function is not tool else {"description": str(tool.get("description") or "")}),
+            "name": name,
+            "parameters": _as_json_schema(_mapping(function.get("parameters"))),
+        }
+        return cls(name, {"type": "function", "function": described}, None if action is None else registry[action])
+
+    def check_arguments(self, arguments: Any) -> None:
+        """Nothing, for arguments that the tool has parameters for. Raises BadRequest, for the model to read."""
+        if not isinstance(arguments, dict):
+            raise BadRequest(f"the arguments are {arguments!r:.80}; give a JSON object")
+        schema = self.schema["function"]["parameters"]
+        unknown = sorted(set(arguments) - set(schema.get("properties") or ()))
+        if unknown and not schema.get("additionalProperties"):
+            raise BadRequest(f"{self.name} has no parameter {unknown[0]!r}")
+
+
+def _as_json_schema(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """JSON Schema for `parameters`, which is that already, or a mapping of names to `{type, description, required}`."""
+    if parameters.get("type") == "object" and isinstance(parameters.get("properties", {}), Mapping):
+        return parameters
+    properties = {
+        name: {"type": "string", **spec} if isinstance(spec, Mapping) else {"type": str(spec)}
+        for name, spec in parameters.items()
+    }
+    required = [name for name, spec in properties.items() if spec.pop("required", False) is True]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _run_tool(call: Mapping[str, Any], tools: Mapping[str, _Tool], ask: Ask) -> tuple[dict[str, Any], str]:
+    """The record of one tool call, and what it gave as JSON. A tool that fails gives an error for the model to read."""
+    function = _mapping(call.get("function"))
+    name, text = str(function.get("name") or ""), function.get("arguments") or "{}"
+    record: dict[str, Any] = {"id": call.get("id"), "name": name, "arguments": {}}
+    try:
+        record["arguments"] = arguments = json.loads(text) if isinstance(text, str) else text
+        tool = tools.get(name)
+        if tool is None:
+            raise BadRequest(f"there is no tool {name!r}; the tools are {', '.join(tools)}")
+        tool.check_arguments(arguments)
+        if tool.action is None:
+            result: Any = {"note": f"Tool {name!r} called but no action mapped", "arguments": arguments}
+        else:
+            result = tool.action(state=ask.state, **arguments)
+    except Exception as exc:  # noqa: BLE001  a tool is anybody's code, and the model is to hear of its failure
+        logger.warning("Tool %s failed: %s", name, exc)
+        result = {"error": str(exc) or type(exc).__name__}
+    return record, json.dumps(result, ensure_ascii=False, default=str)
+
+
+@dataclass(frozen=True)
+class Action:
+    """One row: an action's short name, what it does, and its parameters after `state` with their defaults, in order."""
+
+    name: str
+    run: Callable[[Ask], dict[str, Any]]
+    defaults: Mapping[str, Any]
+    has_local_name: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name the action is registered under."""
+        local = (f"llm.local.{self.name}",) if self.has_local_name else ()
+        return (f"llm.{self.name}", f"actions.llm_{self.name}", *local)
+
+    def bound_to(self, room: _Room) -> ActionFunction:
+        """The function that an engine calls: `(state, *parameters, **more)`, and it never raises."""
+        kinds = inspect.Parameter
+        signature = inspect.Signature([
+            kinds("state", kinds.POSITIONAL_OR_KEYWORD),
+            *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=value) for name, value in self.defaults.items()),
+            kinds("more", kinds.VAR_KEYWORD),
+        ])
+
+        def action(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            try:
+                given = dict(signature.bind(*args, **kwargs).arguments)
+                state, more = _mapping(given.pop("state")), given.pop("more", {})
+                return self.run(_ask(self, room, state, {**given, **more}))
+            except LlmError as exc:
+                logger.error("llm.%s failed: %s", self.name, exc)
+                return _failure(exc)
+            except Exception as exc:
+                logger.exception("llm.%s failed", self.name)
+                return _failure(exc)
+
+        action.__name__ = action.__qualname__ = f"llm_{self.name}"
+        action.__doc__ = self.run.__doc__
+        action.__signature__ = signature  # type: ignore[attr-defined]  # what inspect.signature() shows
+        return action
+
+
+_CALL: Mapping[str, Any] = {
+    "model": None,
+    "messages": None,
+    "prompt": None,
+    "system": None,
+    "temperature": 0.7,
+    "max_tokens": 100,
+    "stop": None,
+    "max_retries": 0,
+    "base_delay": 1.0,
+    "max_delay": 60.0,
+    "provider": "auto",
+    "api_base": None,
+    "timeout": 300,
+    "backend": None,
+}
+_CHAT = {"messages": None, **{name: value for name, value in _CALL.items() if name != "messages"}}
+_EMBED = {
+    "text": None,
+    "model": None,
+    "normalize": True,
+    "dimensions": None,
+    "backend": None,
+    "provider": "auto",
+    "api_base": None,
+}
+_TOOLS = {
+    "model": None,
+    "messages": None,
+    "tools": None,
+    "tool_choice": "auto",
+    "max_tool_rounds": 10,
+    **{name: value for name, value in _CALL.items() if name not in ("model", "messages")},
+}
+
+ACTIONS = (
+    Action("call", _call, _CALL, has_local_name=True),
+    Action("chat", _chat, _CHAT, has_local_name=True),
+    Action("stream", _stream, {**_CALL, "callback": None, "print": False}, has_local_name=True),
+    Action("embed", _embed, _EMBED, has_local_name=True),
+    Action("retry", _retry, {**_CALL, "max_retries": 3}),
+    Action("tools", _tools, _TOOLS),
+)
+"""Every action, one row each."""
+
+
+def register_actions(registry: MutableMapping[str, ActionFunction], engine: Any = None) -> None:
+    """Put every action into `registry` under all its names.
+
+    `engine` is asked for its settings each time an action runs, so nothing has to be set up yet. Backends, and with
+    them loaded models, are kept for as long as `registry` is.
+    """
+    room = _Room(registry, engine)
+    for row in ACTIONS:
+        function = row.bound_to(room)
+        registry.update(dict.fromkeys(row.names, function))
+
+
+def _ask(action: Action, room: _Room, state: Mapping[str, Any], given: Mapping[str, Any]) -> Ask:
+    """The call as it was meant: the node's words before settings.llm before the row's defaults."""
+    said = {
+        name: value
+        for name, value in given.items()
+        if name not in _OF_THE_ENGINE and (value is not None or name in _NONE_MEANS_OFF)
+    }
+    llm = room.llm_settings(state)
+    settings = _with_node_settings(LlmSettings.from_mapping(llm), said, embeds=action.run is _embed)
+    inherited = {name: getattr(settings, name) for name in ("temperature", "max_tokens") if llm.get(name) is not None}
+    values = {name: said.get(name, inherited.get(name, default)) for name, default in action.defaults.items()}
+    more = {name: value for name, value in said.items() if name not in action.defaults}
+    return Ask(room, state, said, values, more, settings)
+
+
+def _with_node_settings(settings: LlmSettings, said: Mapping[str, Any], *, embeds: bool) -> LlmSettings:
+    changes = {name: said[name] for name in said if name in _SETTINGS_FIELDS - _CALL_FIELDS}
+    provider = str(changes.get("provider", "auto")).strip().lower()
+    if provider not in ("auto", "local"):
+        changes.setdefault("backend", "api")  # who names an API wants that one, whatever settings.llm prefers
+    path = changes.pop("model_path", None)
+    changed = settings.replaced(**changes)
+    if path is None and _is_model_file(said.get("model"), changed):
+        path = said["model"]
+    if path is None:
+        return changed
+    expanded = expand_path(str(path))
+    if not os.path.isfile(expanded):  # noqa: PTH113  as in models.py
+        logger.warning("model_path set but file not found: %s", expanded)
+        return changed
+    return changed.replaced(model_path=path, **({"embedding_model_path": path} if embeds else {}))
+
+
+def _is_model_file(model: Any, settings: LlmSettings) -> bool:
+    """Whether a `model` means a file to load here, and not a name that an API knows."""
+    return isinstance(model, str) and model.lower().endswith(".gguf") and settings.backend != "api"
+
+
+def _as_dict(result: LlmCallResult) -> dict[str, Any]:
+    """What an action returns for a text."""
+    answer: dict[str, Any] = {"content": result.content, **_origin(result), "finish_reason": result.finish_reason}
+    if result.timings is not None:
+        answer["timings"] = dataclasses.asdict(result.timings)
+    if result.tool_calls:
+        answer["tool_calls"] = [dict(call) for call in result.tool_calls]
+    return answer
+
+
+def _origin(result: LlmCallResult | LlmEmbedResult) -> dict[str, Any]:
+    """Who answered, why they did, and what it took."""
+    usage = result.usage.as_dict() if result.usage else {}
+    answer: dict[str, Any] = {
+        "model": result.model,
+        "backend": result.backend,
+        "usage": usage,
+        "tokens_used": usage.get("total_tokens", getattr(result, "tokens_used", None)),
+    }
+    provider = result.provider or ("local" if result.backend == "local" else None)
+    if provider:
+        answer["provider"] = provider
+    if result.backend == "api":
+        answer |= {"attempts": result.attempts, "total_delay": result.total_delay_s}
+    if result.fallback_reason:
+        answer["fallback_reason"] = result.fallback_reason
+    return answer
+
+
+def _failure(exc: Exception) -> dict[str, Any]:
+    """What an action returns for an error, with what is known about the API's part in it."""
+    failure: dict[str, Any] = {"error": str(exc) or type(exc).__name__, "success": False}
+    causes = [cause for _, cause in exc.causes] if isinstance(exc, FallbackError) else [exc]
+    for cause in causes:
+        if isinstance(cause, ApiError):
+            failure |= {"attempts": cause.attempts, "total_delay": cause.total_delay_s}
+            if cause.status_code is not None:
+                failure["status_code"] = cause.status_code
+    return failure
+
+
+def _has_system(messages: Sequence[Any]) -> bool:
+    return any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """`value` where it is a mapping, else {}: an engine's attributes may be absent, or anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tea-llm")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "0+unknown"
+
+
+__tea_actions__ = {
+    "version": _version(),
+    "description": "Language model calls, answered on this machine or by an OpenAI-compatible API",
+    "actions": [name for row in ACTIONS for name in row.names],
+}
+"""What The Edge Agent shows about this package."""
