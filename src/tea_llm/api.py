@@ -216,7 +216,7 @@ class _Asking:
                         yield chunk
             if answer.finish_reason is None:
                 raise ApiResponseError(
-                    f"{request}: the stream ended with neither a finish_reason nor [DONE], so text is missing; ask again"
+                    f"{request}: the stream ended with neither a finish_reason nor [DONE]: text is missing; ask again"
                 )
         except HTTPX_ERRORS as exc:
             if answer.finish_reason is None:

@@ -7,6 +7,7 @@ with `Clients.blocking()` it never suspends, so `run_blocking` finishes it in a 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import os
 import ssl
@@ -197,7 +198,6 @@ class Clients:
     def __init__(self) -> None:
         self.closed = False
         self._lock = threading.Lock()
-        self._tls: ssl.SSLContext | None = None
         self._by_process: dict[int, httpx.Client] = {}  # a child of fork() must not write into its parent's sockets
         self._by_loop: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[None, None]]] = {}
 
@@ -207,7 +207,7 @@ class Clients:
             self._check_open()
             client = self._by_process.get(os.getpid())
             if client is None:
-                client = self._by_process[os.getpid()] = httpx.Client(verify=self._tls_context())
+                client = self._by_process[os.getpid()] = httpx.Client(verify=_tls_context())
             return _BlockingIo(client)
 
     async def asynchronous(self) -> Io:
@@ -219,7 +219,7 @@ class Clients:
                 return _AsyncioIo(self._by_loop[loop][0])
             for ended in [other for other in self._by_loop if other.is_closed()]:
                 del self._by_loop[ended]
-            client = httpx.AsyncClient(verify=self._tls_context())
+            client = httpx.AsyncClient(verify=_tls_context())
             keeper = _closed_with_its_loop(client)
             self._by_loop[loop] = client, keeper
         await anext(keeper)
@@ -243,10 +243,11 @@ class Clients:
         if self.closed:
             raise EngineClosed("this ApiLlmBackend was closed; make a new one")
 
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:  # reading the certificates takes tens of milliseconds: once, not for each client
-            self._tls = httpx.create_ssl_context()
-        return self._tls
+
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    """One for the process: reading the certificates takes tens of milliseconds."""
+    return httpx.create_ssl_context()
 
 
 async def _closed_with_its_loop(client: httpx.AsyncClient) -> AsyncGenerator[None, None]:
