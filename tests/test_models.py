@@ -275,6 +275,8 @@ def test_every_kind_of_value_reads_as_the_official_package_wrote_it(tmp_path):
     writer.add_array("test.halves", [0.5, 1.5])
     writer.add_array("test.edge", list(range(64)))
     writer.add_array("test.long", list(range(65)))
+    writer.add_array("test.edge_words", ["w"] * 64)
+    writer.add_array("test.long_words", ["w"] * 65)
     writer.add_token_list([f"t{'x' * (i % 300)}" for i in range(20_000)])  # larger than what is read at first
     writer.add_string("test.last", "still here")
     writer.write_header_to_file()
@@ -289,6 +291,8 @@ def test_every_kind_of_value_reads_as_the_official_package_wrote_it(tmp_path):
         "test.halves": [0.5, 1.5],
         "test.edge": list(range(64)),
         "test.long": LongArray("int32", 65),
+        "test.edge_words": ["w"] * 64,
+        "test.long_words": LongArray("string", 65),
         "tokenizer.ggml.tokens": LongArray("string", 20_000),
         "test.last": "still here",
     }
@@ -372,6 +376,7 @@ HUGE = 2**64 - 1
         (header(array(8, 100, struct.pack("<Q", HUGE))), "needs"),
         (header(array(8, 100, struct.pack("<Q", 2**62) * 99)), "needs"),
         (header(array(8, 3, struct.pack("<Q", HUGE))), "needs"),
+        (header(array(8, 65, s("t") * 64 + struct.pack("<Q", 5) + b"abc")), "needs"),
         (header(array(6, HUGE)), "needs"),
         (header(array(0, 2**40)), "needs"),
         (header(array(9, 1, struct.pack("<IQ", 9, 1) * 10_000)), "begins an array of type 9"),
