@@ -438,3 +438,15 @@ def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path):
 def test_a_directory_or_an_impossible_path_is_refused(tmp_path, name):
     with pytest.raises(ModelLoadError, match="can't be read"):
         read_metadata(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to count open files in")
+def test_a_refused_file_is_closed_again(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(WHOLE[:50])
+    begin = len(list(Path("/proc/self/fd").iterdir()))
+    for refused in (path, tmp_path):
+        for _ in range(5):
+            with pytest.raises(ModelLoadError):
+                read_metadata(refused)
+    assert len(list(Path("/proc/self/fd").iterdir())) == begin

@@ -106,18 +106,18 @@ def _model_in(directory: Path) -> Path | None:
 class _NamedModel:
     """What is known about a model by its file name alone."""
 
-    name: re.Pattern[str]
+    name: str  # a regular expression, compiled when first asked for
     n_ctx: int
     chat_format: str | None
     family: str
 
 
 _NAMED_MODELS = (
-    _NamedModel(re.compile(r"gemma[-_]?3[-_]1b"), 8192, "gemma", "gemma"),
-    _NamedModel(re.compile(r"gemma"), 32768, "gemma", "gemma"),
-    _NamedModel(re.compile(r"(?<![a-z])phi(?![a-z])"), 128000, "chatml", "phi"),  # dolphin is no phi
-    _NamedModel(re.compile(r"tinyllama|stories"), 2048, None, "tinyllama"),
-    _NamedModel(re.compile(r""), 4096, None, "unknown"),
+    _NamedModel(r"gemma[-_]?3[-_]1b", 8192, "gemma", "gemma"),
+    _NamedModel(r"gemma", 32768, "gemma", "gemma"),
+    _NamedModel(r"(?<![a-z])phi(?![a-z])", 128000, "chatml", "phi"),  # dolphin is no phi
+    _NamedModel(r"tinyllama|stories", 2048, None, "tinyllama"),
+    _NamedModel(r"", 4096, None, "unknown"),
 )
 
 _FAMILIES = ("gemma", "phi")
@@ -131,7 +131,7 @@ def get_model_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     that its chat template writes, None for any other template. `family` is "gemma" or "phi" for their architectures,
     else the architecture itself ("llama", "qwen2", "bert"). A file that is missing, damaged or no GGUF says nothing.
     """
-    by_name = next(row for row in _NAMED_MODELS if row.name.search(Path(path).name.lower()))
+    by_name = next(row for row in _NAMED_MODELS if re.search(row.name, Path(path).name.lower()))
     try:
         metadata = read_metadata(path) or {}
     except ModelNotFound:
@@ -176,21 +176,13 @@ class LongArray:
     count: int
 
 
-@dataclass(frozen=True)
-class _Scalar:
-    """How one of GGUF's plain types is stored."""
-
-    name: str
-    layout: struct.Struct
-
-
 class _DamagedError(Exception):
     """What is wrong with a header."""
 
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
-    number: _Scalar(name, struct.Struct("<" + code))
+    number: (name, struct.Struct("<" + code))
     for number, name, code in (
         (0, "uint8", "B"), (1, "int8", "b"), (2, "uint16", "H"), (3, "int16", "h"), (4, "uint32", "I"),
         (5, "int32", "i"), (6, "float32", "f"), (7, "bool", "?"), (10, "uint64", "Q"),
@@ -221,8 +213,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """The open file, unless it is a directory, a FIFO, a device: reading those could wait for ever."""
-    file = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)))
+    """The open file, unless it is a directory, a FIFO, a device: opening or reading those could wait for ever."""
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError("not a regular file")
@@ -265,7 +257,7 @@ class _Header:
             return self._array(self._number(_U32), self._number(_U64))
         if kind not in _SCALARS:
             raise _DamagedError(f"byte {self._at} names type {kind}, which GGUF does not have")
-        return self._number(_SCALARS[kind].layout)
+        return self._number(_SCALARS[kind][1])
 
     def _array(self, kind: int, count: int) -> list[Any] | LongArray:
         if kind == _STRING:
@@ -275,11 +267,11 @@ class _Header:
             return LongArray("string", count)
         if kind not in _SCALARS:  # llama.cpp refuses arrays of arrays too
             raise _DamagedError(f"byte {self._at} begins an array of type {kind}")
-        scalar = _SCALARS[kind]
-        data = self._take(scalar.layout.size * count)
+        name, layout = _SCALARS[kind]
+        data = self._take(layout.size * count)
         if count <= _SHORT_ARRAY:
-            return [value for (value,) in scalar.layout.iter_unpack(data)]
-        return LongArray(scalar.name, count)
+            return [value for (value,) in layout.iter_unpack(data)]
+        return LongArray(name, count)
 
     def _string(self) -> str:
         return self._take(self._number(_U64)).decode("utf-8", "replace")

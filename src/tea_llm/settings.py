@@ -7,7 +7,6 @@ The environment is read when a function is called, never on import.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import ipaddress
 import os
 import re
@@ -305,6 +304,8 @@ def _checked(f: dataclasses.Field[Any], value: Any, place: str) -> Any:
 
 
 def _nearest(key: Any) -> str:
+    import difflib  # only a mistake needs it
+
     known = [*_FIELDS, *_ALIASES]
     if near := difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.5):
         return f"did you mean {near[0]!r}?"
