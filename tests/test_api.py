@@ -562,11 +562,15 @@ def test_a_slow_answer_times_out_once_per_attempt(
     assert isinstance(caught.value, TimeoutError)
 
 
-def test_a_timeout_in_a_stream_keeps_the_text(server: ApiServer, backend: ApiLlmBackend, generate: Generate) -> None:
+def test_a_timeout_in_a_stream_keeps_the_text_and_is_not_retried(
+    server: ApiServer, backend: ApiLlmBackend, generate: Generate
+) -> None:
     server.replies = [stream(sse(delta("Hel"), done=False), EVENTS, pause_s=0.25)]
+    asked = dataclasses.replace(HELLO, timeout_s=0.4, extra={"max_retries": 2, "base_delay": 0})
     with pytest.raises(ApiTimeout) as caught:
-        generate(backend, dataclasses.replace(HELLO, timeout_s=0.4), lambda chunk: None)
+        generate(backend, asked, lambda chunk: None)
     assert caught.value.partial == "Hel"
+    assert caught.value.attempts == len(server.seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -744,6 +748,19 @@ def test_a_closed_backend_stays_closed(server: ApiServer, backend: ApiLlmBackend
         generate(backend, HELLO)
     with pytest.raises(EngineClosed):
         backend.embed([])
+
+
+def test_close_ends_a_call_that_waits_for_its_retry(
+    server: ApiServer, backend: ApiLlmBackend, generate: Generate
+) -> None:
+    server.replies = [failure(503)]
+    asked = dataclasses.replace(HELLO, extra={"max_retries": 9, "base_delay": 0.3})
+    closing = threading.Timer(0.1, backend.close)
+    closing.start()
+    with pytest.raises(EngineClosed, match="make a new one"):
+        generate(backend, asked)
+    closing.join()
+    assert len(server.seen) == 1
 
 
 def test_one_backend_serves_several_loops_and_threads_at_once(server: ApiServer, backend: ApiLlmBackend) -> None:

@@ -36,6 +36,8 @@ __all__ = ["ERRORS", "HTTPX_ERRORS", "Clients", "Io", "error_class", "run_blocki
 
 _T = TypeVar("_T")
 
+_CLOSED: Final = "this ApiLlmBackend was closed; make a new one"
+
 ERRORS: Final[Mapping[type[Exception], type[LlmError]]] = {
     # https://www.python-httpx.org/exceptions/; a class without a row of its own takes its nearest parent's
     httpx.TimeoutException: ApiTimeout,
@@ -169,6 +171,8 @@ class _AsyncioIo(Io):
 
 
 def _built(client: httpx.Client | httpx.AsyncClient, request: Request, timeout_s: float | None) -> httpx.Request:
+    if client.is_closed:
+        raise EngineClosed(_CLOSED)
     built = client.build_request(
         request.method, request.url, headers=request.headers, content=request.content(), timeout=timeout_s
     )
@@ -184,7 +188,7 @@ def _timed(response: httpx.Response, timeout_s: float | None) -> httpx.Response:
 
 
 def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` returns, its input and output being a blocking one: it never suspends, so one step ends it."""
+    """What `work` returns. Its `Io` is a blocking one, so it never suspends, and one step ends it."""
     try:
         work.send(None)
     except StopIteration as done:
@@ -241,7 +245,7 @@ class Clients:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise EngineClosed("this ApiLlmBackend was closed; make a new one")
+            raise EngineClosed(_CLOSED)
 
 
 @functools.cache
