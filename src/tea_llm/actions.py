@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from .backend import BackendPool, LlmBackend, RequestBackend
 from .errors import ApiError, BadRequest, FallbackError, LlmError
 from .models import resolve_model_path
 from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message
-from .settings import LlmSettings, expand_path
+from .settings import LlmSettings
 
 __all__ = ["ACTIONS", "Action", "ActionFunction", "Ask", "__tea_actions__", "register_actions"]
 
@@ -85,6 +86,7 @@ class _Room:
         with self._lock:
             if self._pool is None:
                 self._pool = BackendPool()
+                weakref.finalize(self, self._pool.close)  # when the registry is gone, or at exit
         return self._pool.get(settings, cli=self.cli)
 
     def answers_locally(self, settings: LlmSettings) -> bool:
@@ -335,7 +337,7 @@ class Action:
                 state, more = _mapping(given.pop("state")), given.pop("more", {})
                 return self.run(_ask(self, room, state, {**given, **more}))
             except LlmError as exc:
-                logger.error("llm.%s failed: %s", self.name, exc)
+                logger.info("llm.%s failed: %s", self.name, exc)
                 return _failure(exc)
             except Exception as exc:
                 logger.exception("llm.%s failed", self.name)
@@ -425,17 +427,16 @@ def _with_node_settings(settings: LlmSettings, said: Mapping[str, Any], *, embed
     provider = str(changes.get("provider", "auto")).strip().lower()
     if provider not in ("auto", "local"):
         changes.setdefault("backend", "api")  # who names an API wants that one, whatever settings.llm prefers
-    path = changes.pop("model_path", None)
     changed = settings.replaced(**changes)
-    if path is None and _is_model_file(said.get("model"), changed):
-        path = said["model"]
-    if path is None:
+    if "model_path" not in said and _is_model_file(said.get("model"), changed):
+        changed = changed.replaced(model_path=said["model"])
+    path = changed.model_path
+    if path == settings.model_path or path is None:
         return changed
-    expanded = expand_path(str(path))
-    if not os.path.isfile(expanded):  # noqa: PTH113  as in models.py
-        logger.warning("model_path set but file not found: %s", expanded)
-        return changed
-    return changed.replaced(model_path=path, **({"embedding_model_path": path} if embeds else {}))
+    if not os.path.isfile(path):  # noqa: PTH113  as in models.py, whose search goes on with the settings' path
+        logger.warning("model_path set but file not found: %s", path)
+        return dataclasses.replace(changed, model_path=settings.model_path)
+    return dataclasses.replace(changed, embedding_model_path=path) if embeds else changed
 
 
 def _is_model_file(model: Any, settings: LlmSettings) -> bool:
