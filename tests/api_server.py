@@ -127,6 +127,7 @@ class ApiServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.seen: list[Seen] = []
         self.replies: list[Reply] = [chat()]
+        self.n_connections = 0
         self._lock = threading.Lock()
 
     @property
@@ -143,6 +144,11 @@ class ApiServer(ThreadingHTTPServer):
         """The reply whose turn it is."""
         with self._lock:
             return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+    def get_request(self) -> tuple[Any, Any]:
+        """One more connection."""
+        self.n_connections += 1
+        return super().get_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing when the client left early, as some tests do."""

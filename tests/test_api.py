@@ -782,21 +782,16 @@ def test_one_backend_serves_several_loops_and_threads_at_once(server: ApiServer,
     assert texts == ["Hi there"] * 30
 
 
-def test_connections_are_kept_within_a_loop(server: ApiServer, backend: ApiLlmBackend) -> None:
-    opened: list[Any] = []
-    accept = server.get_request
-    server.get_request = lambda: opened.append(accept()) or opened[-1]  # type: ignore[method-assign, func-returns-value]
-
+def test_connections_are_kept_within_a_loop_and_among_blocking_calls(server: ApiServer, backend: ApiLlmBackend) -> None:
     async def twice() -> None:
         await backend.acall(HELLO)
         await backend.acall(HELLO)
 
     asyncio.run(twice())
-    assert len(opened) == 1
+    assert server.n_connections == 1
     backend.call(HELLO)
     backend.call(HELLO)
-    assert len(opened) == 2
-    opened.clear()
+    assert server.n_connections == 2
 
 
 @pytest.mark.parametrize("how", ["in the loop", "from another thread", "between runs of the loop", "after the loop"])
@@ -854,7 +849,9 @@ def test_a_forked_child_opens_connections_of_its_own(server: ApiServer, backend:
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
+    assert server.n_connections == 2
     assert backend.call(HELLO).content == "Hi."
+    assert server.n_connections == 2
 
 
 # --- llama.cpp's own server, and openai's own client -----------------------------------------------------------------
