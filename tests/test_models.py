@@ -298,9 +298,11 @@ def test_every_kind_of_value_reads_as_the_official_package_wrote_it(tmp_path):
     }
 
 
-def shared_models() -> list[Path]:
+def shared_models():
     beside = Path(__file__).resolve().parent.parent.parent / "shared"
-    return sorted(Path(os.environ.get("TEA_LLM_SHARED", beside), "models").glob("*.gguf"))
+    found = sorted(Path(os.environ.get("TEA_LLM_SHARED", beside), "models").glob("*.gguf"))
+    missing = pytest.mark.skip(reason="needs the shared models: set TEA_LLM_SHARED, or put them in ../shared")
+    return found or [pytest.param(Path("none.gguf"), marks=missing)]
 
 
 @pytest.mark.parametrize("path", shared_models(), ids=lambda p: p.name)
