@@ -47,7 +47,7 @@ from .api_server import ApiServer, Reply, chat, delta, failure, json_reply, sse,
 
 KEY = "sk-secret-0123456789"
 HELLO = LlmCallParams("Hello!", model="asked-1")
-STREAMED = stream(sse(delta("Hi"), delta(" there", "stop"), {"choices": [], "usage": {"prompt_tokens": 4}}))
+STREAMED = stream(sse(delta("Hi"), {"object": "ping"}, delta(" there", "stop"), {"usage": {"prompt_tokens": 4}}))
 
 Generate = Callable[..., LlmCallResult]
 
@@ -437,6 +437,12 @@ def test_tool_call_deltas_are_merged(server: ApiServer, backend: ApiLlmBackend, 
         {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}},
         {"id": "b", "type": "function", "function": {"name": "sub", "arguments": "{}"}},
     ]
+
+
+def test_tool_calls_without_index_or_id_stay_apart(server: ApiServer, backend: ApiLlmBackend) -> None:
+    named = [{"function": {"name": name, "arguments": "{}"}} for name in ("add", "sub")]
+    server.replies = [chat(None, tool_calls=named)]
+    assert [call["function"]["name"] for call in backend.call(HELLO).tool_calls] == ["add", "sub"]
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ class Answer:
         self.model = reply.get("model") or self.model
         if usage := reply.get("usage"):
             self._usage = usage_of(usage)
-        for choice in reply["choices"]:
+        for choice in reply.get("choices") or ():  # an event that only counts usage has none
             if choice.get("index", 0) == 0:
                 self.finish_reason = choice.get("finish_reason") or self.finish_reason
                 return self._said(choice.get("delta") or choice.get("message") or {})
@@ -321,15 +321,15 @@ class Answer:
 
     def _merge(self, delta: Mapping[str, Any]) -> None:
         """Put a piece of a tool call where it belongs: by its index, or after the last where a server gives none."""
-        calls = self._tool_calls
+        calls, function = self._tool_calls, delta.get("function") or {}
         index = delta.get("index")
         if index is None:
-            index = len(calls) if delta.get("id") or not calls else len(calls) - 1
+            index = len(calls) if delta.get("id") or function.get("name") or not calls else len(calls) - 1
         if not 0 <= index <= len(calls):
             raise ValueError(f"tool call {index} follows {len(calls)} others")
         if index == len(calls):
             calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call, function = calls[index], delta.get("function") or {}
+        call = calls[index]
         call["id"] = call["id"] or delta.get("id") or ""
         call["type"] = delta.get("type") or call["type"]
         call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
