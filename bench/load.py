@@ -41,7 +41,7 @@ def main() -> int:
             "peak_rss": [reply["rss_bytes"] / 1e6],
         }
 
-    entrants = [s for s in contest.entrants({}, [args.threads]) if s.name != race.LLAMA_BENCH]
+    entrants = [s for s in contest.entrants([args.threads], args.threads) if s.name != race.LLAMA_BENCH]
     contest.run(args.rounds, entrants, measure)
     return contest.report("load", FIGURES, rounds=args.rounds, model=args.model.name, n_ctx=args.n_ctx)
 

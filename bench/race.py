@@ -40,6 +40,9 @@ ADAPTERS = {
 }
 """Every subject with an adapter; llama-bench has none, since it generates nothing."""
 
+WITH_ATTENTION = (LLAMA_CPP_PYTHON, "xllamacpp", LLAMA_SERVER)
+"""The peers that let their user choose flash attention or not, which on a CPU may cost more than it brings."""
+
 # Word for word one token in Qwen's vocabulary, with the space before it.
 _WORDS = """
     time water house light river small garden morning family letter music paper window summer winter street market
@@ -50,10 +53,17 @@ _WORDS = """
 
 @dataclass(frozen=True)
 class Subject:
-    """One entrant of a round: a program, with a number of threads (None: as many as it thinks best)."""
+    """One entrant of a round: a program, with its threads and its kind of attention (None: as it comes)."""
 
     name: str
     n_threads: int | None
+    flash_attn: bool | None = None
+
+    @property
+    def settings(self) -> str:
+        """Its settings in a few letters: `t=2 fa`."""
+        attention = {None: "", True: " fa", False: " no-fa"}[self.flash_attn]
+        return f"t={self.n_threads or 'auto'}{attention}"
 
     @property
     def is_peer(self) -> bool:
@@ -88,10 +98,15 @@ class Race:
     left_out: dict[str, str] = field(default_factory=dict)
     samples: dict[str, dict[Subject, list[float]]] = field(default_factory=dict)
 
-    def entrants(self, threads: Mapping[str, Sequence[int | None]], default: Sequence[int | None]) -> list[Subject]:
-        """The subjects that can run here, one for each number of threads; the others go to `left_out`."""
+    def entrants(self, threads: Sequence[int], ours: int | None) -> list[Subject]:
+        """The subjects that can run here, a peer once for each of its settings; the others go to `left_out`."""
         able = [name for name in (LLAMA_BENCH, *ADAPTERS) if self._can_run(name)]
-        return [Subject(name, n) for name in able for n in threads.get(name, default)]
+        return [
+            Subject(name, n, flash_attn)
+            for name in able
+            for n in ([ours] if name == OURS else threads)
+            for flash_attn in ((True, False) if name in WITH_ATTENTION else (None,))
+        ]
 
     def _can_run(self, name: str) -> bool:
         if name not in self.only:
@@ -116,7 +131,7 @@ class Race:
 
     def ask(self, subject: Subject, request: Request) -> tuple[dict[str, Any], float]:
         """An adapter's reply, and the monotonic time when its process started."""
-        request = replace(request, n_threads=subject.n_threads)
+        request = replace(request, n_threads=subject.n_threads, flash_attn=subject.flash_attn)
         if subject.name == LLAMA_SERVER:
             request = replace(request, server=str(self.reference_program(LLAMA_SERVER)))
         python = self.python if subject.name in (OURS, LLAMA_SERVER) else self.peers_python
@@ -134,7 +149,7 @@ class Race:
             for subject in [*entrants[shift:], *entrants[:shift]]:
                 if subject.name in self.left_out:
                     continue
-                print(f"round {number + 1}/{rounds}: {subject.name}, threads {subject.n_threads}", file=sys.stderr)
+                print(f"round {number + 1}/{rounds}: {subject.name} {subject.settings}", file=sys.stderr)
                 try:
                     measured = measure(subject)
                 except (subprocess.CalledProcessError, RuntimeError) as exc:
@@ -151,7 +166,7 @@ class Race:
                 del of_figure[subject]
 
     def verdict(self, figure: Figure) -> dict[str, Any]:
-        """The medians of one figure, each subject with its best number of threads, and our ratio to the bar."""
+        """The medians of one figure, each subject with its best settings, and our ratio to the bar."""
         pick = max if figure.higher_is_better else min
         best: dict[str, tuple[Subject, list[float]]] = {}
         for subject, values in self.samples.get(figure.name, {}).items():
@@ -170,7 +185,7 @@ class Race:
             "ratio": ratio,
             "met": None if ratio is None else figure.met(ratio),
             "subjects": {
-                name: {"median": median(values), "n_threads": subject.n_threads, "rounds": values}
+                name: {"median": median(values), "settings": subject.settings, "rounds": values}
                 for name, (subject, values) in best.items()
             },
         }
@@ -206,8 +221,7 @@ def print_table(verdicts: Sequence[Mapping[str, Any]]) -> None:
 def _cell(of_subject: Mapping[str, Any] | None) -> str:
     if of_subject is None:
         return "-"
-    threads = of_subject["n_threads"]
-    return f"{of_subject['median']:.4g} (t={'auto' if threads is None else threads})"
+    return f"{of_subject['median']:.4g} ({of_subject['settings']})"
 
 
 def run(command: Sequence[str], stdin: str = "") -> str:

@@ -111,7 +111,7 @@ def llama_bench(
 
 
 def race_large(contest: race.Race, args: argparse.Namespace) -> None:
-    """Every subject with the same number of threads."""
+    """Every subject with the same number of threads; llama-bench as it comes."""
     tests = {f"prompt_{N_PROMPT}": f"pp{N_PROMPT}", f"greedy_{N_GEN}": f"tg{N_GEN}", f"sampled_{N_GEN}": f"tg{N_GEN}"}
     request = Request(str(args.large), n_ctx=1024, calls=large_calls(args.repetitions))
 
@@ -121,11 +121,11 @@ def race_large(contest: race.Race, args: argparse.Namespace) -> None:
             return llama_bench(program, args.large, subject.n_threads, tests, args.repetitions)
         return large_rates(contest.ask(subject, request)[0]["calls"])
 
-    contest.run(args.rounds, contest.entrants({}, [args.threads]), measure)
+    contest.run(args.rounds, contest.entrants([args.threads], args.threads), measure)
 
 
 def race_small(contest: race.Race, args: argparse.Namespace, model: Path) -> None:
-    """Every peer with each number of threads, of which its best counts; tea_llm with its own choice."""
+    """Every peer with each of its settings, of which the best counts; tea_llm with its own choice."""
     tests = {figure.name: f"tg{N_LONG if '2000' in figure.name else N_SMALL}" for figure in SMALL_FIGURES}
     request = Request(str(model), n_ctx=SMALL_CONTEXT, calls=small_calls(args.repetitions))
 
@@ -135,7 +135,7 @@ def race_small(contest: race.Race, args: argparse.Namespace, model: Path) -> Non
             return llama_bench(program, model, subject.n_threads, tests, args.repetitions)
         return small_rates(contest.ask(subject, request)[0]["calls"])
 
-    contest.run(args.rounds, contest.entrants({race.OURS: [None]}, args.small_threads), measure)
+    contest.run(args.rounds, contest.entrants(args.small_threads, None), measure)
 
 
 def main() -> int:

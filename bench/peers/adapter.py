@@ -3,7 +3,7 @@
 An adapter is a program of its own, so that each subject runs alone in its process and may live in its own environment.
 Standard input holds one request, standard output one reply, both JSON; what the subject itself prints goes to stderr.
 
-    request  {"model": path, "n_ctx": int, "n_threads": int | null, "server": path | null,
+    request  {"model": path, "n_ctx": int, "n_threads": int | null, "flash_attn": bool | null, "server": path | null,
               "calls": [{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool}, …]}
     reply    {"version": str, "started": s | null, "rss_bytes": int,
               "calls": [{"name", "prompt_tokens", "tokens", "wall_s", "first_s" | null, "last_s" | null, "ended"}, …]}
@@ -42,11 +42,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Request:
-    """What one adapter has to do; `server` is the path of the program for adapters that start one."""
+    """What one adapter has to do. `server` is the path of the program for adapters that start one.
+
+    None for `n_threads` and `flash_attn` leaves them to the subject.
+    """
 
     model: str
     n_ctx: int
     n_threads: int | None = None
+    flash_attn: bool | None = None
     calls: tuple[Call, ...] = ()
     server: str | None = None
 

@@ -1,4 +1,7 @@
-"""cyllama through `LLM`. It has no setting for threads, so they are set on the context that it keeps."""
+"""cyllama through `LLM`.
+
+It has no setting for threads, so they are set on the context that it keeps; and none for flash attention.
+"""
 
 from __future__ import annotations
 

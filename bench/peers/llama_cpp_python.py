@@ -1,4 +1,4 @@
-"""llama-cpp-python through `Llama.create_completion`, flash attention on as in llama.cpp's own programs."""
+"""llama-cpp-python through `Llama.create_completion`; flash attention is off unless the request says otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LlamaCppPython(InProcess):
             n_ubatch=512,
             n_threads=request.n_threads,
             n_threads_batch=request.n_threads,
-            flash_attn=True,
+            flash_attn=bool(request.flash_attn),
             no_perf=True,
             verbose=False,
         )

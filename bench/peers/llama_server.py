@@ -30,6 +30,8 @@ class LlamaServer:
         options += " --cache-ram 0 --ctx-checkpoints 0 --offline"
         if request.n_threads is not None:
             options += f" -t {request.n_threads} -tb {request.n_threads}"
+        if request.flash_attn is not None:
+            options += f" -fa {'on' if request.flash_attn else 'off'}"
         self.started: float | None = time.monotonic()
         self._process = subprocess.Popen([request.server, "-m", request.model, *options.split()])
         self.pid = self._process.pid

@@ -28,6 +28,10 @@ class Xllamacpp(InProcess):
         if request.n_threads is not None:
             params.cpuparams.n_threads = request.n_threads
             params.cpuparams_batch.n_threads = request.n_threads
+        if request.flash_attn is not None:
+            kind = xllamacpp.llama_flash_attn_type
+            on, off = kind.LLAMA_FLASH_ATTN_TYPE_ENABLED, kind.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.flash_attn_type = on if request.flash_attn else off
         self._server = xllamacpp.Server(params)
 
     def version(self) -> str:
