@@ -89,6 +89,10 @@ class _Room:
                 weakref.finalize(self, self._pool.close)  # when the registry is gone, or at exit
         return self._pool.get(settings, cli=self.cli)
 
+    def actions(self) -> Mapping[str, ActionFunction]:
+        """Every action that a tool may name: the engine's, and those registered with these."""
+        return {**self.registry, **_mapping(getattr(self.engine, "actions_registry", None))}
+
     def answers_locally(self, settings: LlmSettings) -> bool:
         """Whether a model on this machine is to answer, as far as that is known before it is loaded."""
         if isinstance(getattr(self.engine, "llm_backend", None), LlmBackend):
@@ -216,7 +220,8 @@ def _tools(ask: Ask) -> dict[str, Any]:
     """Answer with the help of `tools`: run the action of each tool the model calls, feed back what it gave, repeat."""
     if ask.room.answers_locally(ask.settings):
         raise BadRequest("llm.tools can't call tools with a local model yet; set backend: api for this node")
-    tools = [_Tool.from_mapping(tool, i, ask.room.registry) for i, tool in enumerate(ask.values["tools"] or ())]
+    known = ask.room.actions()
+    tools = [_Tool.from_mapping(tool, i, known) for i, tool in enumerate(ask.values["tools"] or ())]
     by_name = {tool.name: tool for tool in tools}
     messages: list[Message] = list(ask.messages(chat=True) or ())
     body = {"tools": [tool.schema for tool in tools], "tool_choice": ask.values["tool_choice"]} if tools else {}
@@ -247,7 +252,7 @@ class _Tool:
     action: ActionFunction | None
 
     @classmethod
-    def from_mapping(cls, tool: Any, i: int, registry: Mapping[str, ActionFunction]) -> _Tool:
+    def from_mapping(cls, tool: Any, i: int, known: Mapping[str, ActionFunction]) -> _Tool:
         """The tool that `tools[i]` describes: `{name, description, parameters, action}`, or OpenAI's own form."""
         if not isinstance(tool, Mapping):
             raise BadRequest(f"tools[{i}] is {tool!r:.80}; give a mapping: name, description, parameters, action")
@@ -255,14 +260,14 @@ class _Tool:
         name, action = function.get("name"), tool.get("action")
         if not isinstance(name, str) or not name:
             raise BadRequest(f"tools[{i}] has no name; give it one")
-        if action is not None and action not in registry:
+        if action is not None and action not in known:
             raise BadRequest(f"tools[{i}].action is {action!r}, which is no known action; register it first")
         described = {
             **(function if function is not tool else {"description": str(tool.get("description") or "")}),
             "name": name,
             "parameters": _as_json_schema(_mapping(function.get("parameters"))),
         }
-        return cls(name, {"type": "function", "function": described}, None if action is None else registry[action])
+        return cls(name, {"type": "function", "function": described}, None if action is None else known[action])
 
     def check_arguments(self, arguments: Any) -> None:
         """Nothing, for arguments that the tool has parameters for. Raises BadRequest, for the model to read."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import logging
+import math
 import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ _TEA_KEYS = ("imports", "config")  # The Edge Agent's own; without effect here
 _NODE_KEYS = ("name", "description", "uses", "action", "with", "params", "output", "outputs", "run", "goto", "fan_in")
 _EDGE_KEYS = ("from", "to", "type", "fan_in", "when", "condition")
 _RULE_KEYS = ("if", "to")
+_MAX_ITEMS = 100_000
 
 
 # --- what a file says ------------------------------------------------------------------------------------------------
@@ -165,6 +168,8 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[Any, Mapping[_Path, int]]:
         raise _bad_yaml(path, exc) from exc
     try:
         root = loader.get_single_node()
+        if (size := _size(root, {})) > _MAX_ITEMS:
+            raise WorkflowError(f"{os.fspath(path)} spells out to {size:.0g} items; at most {_MAX_ITEMS} are allowed")
         data = loader.construct_document(root) if root is not None else None
     except yaml.YAMLError as exc:
         raise _bad_yaml(path, exc) from exc
@@ -173,6 +178,16 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[Any, Mapping[_Path, int]]:
     finally:
         loader.dispose()
     return data, _lines(root)
+
+
+def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many items a node has with every alias written out; infinite where an alias is inside itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known; only an alias inside itself asks before that
+        children = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else ()
+        children = node.value if isinstance(node, yaml.SequenceNode) else children
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def _bad_yaml(path: str | os.PathLike[str], exc: yaml.YAMLError) -> WorkflowError:

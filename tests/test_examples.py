@@ -1,0 +1,100 @@
+"""Every example runs: over the scripted API here, and on the shared models where llama.cpp is built in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tea_llm.workflow import run_workflow
+
+from .api_server import ApiServer, Reply, chat, delta, json_reply, sse, stream
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+needs_llama = pytest.mark.skipif(
+    importlib.util.find_spec("tea_llm._llama") is None, reason="tea_llm is built without llama.cpp"
+)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServer]:
+    """A server that the environment names as the API, and no model in sight."""
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with ApiServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        yield server
+
+
+def _run(name: str, **how: Any) -> dict[str, Any]:
+    return run_workflow(EXAMPLES / f"{name}.yaml", how.pop("input", None), **how)
+
+
+def _vectors(*vectors: list[float]) -> Reply:
+    rows = [{"index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    return json_reply({"model": "emb-1", "data": rows, "usage": {"prompt_tokens": 1}})
+
+
+def test_story_answers_from_the_api_when_its_model_is_missing(
+    server: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = _run("story", input={"question": "Why?"})
+    assert (state["content"], state["backend"], state["question"]) == ("Hi.", "api", "Why?")
+    assert "Falling back to API backend" in caplog.text
+
+
+def test_fallback_says_why_the_api_answered(server: ApiServer, caplog: pytest.LogCaptureFixture) -> None:
+    state = _run("fallback")
+    assert (state["answer"], state["answered_by"]) == ("Hi.", "served-1 (api)")
+    assert "model" in state["reason"]
+    assert state["reason"] != "the local model answered"
+    assert "Falling back to API backend" in caplog.text
+
+
+def test_branches_run_and_one_is_chosen(server: ApiServer) -> None:
+    server.replies = [chat("Short."), chat("Longer than that.")]
+    state = _run("branches", backend="api")
+    assert state["drafts"][state["winner"]] == "Short."
+    prompts = sorted(seen.body["messages"][0]["content"] for seen in server.seen)
+    assert prompts == ["One sentence about the sea.", "Two lines of verse about the sea."]
+
+
+def test_branches_that_tie_end_there(server: ApiServer) -> None:
+    assert "winner" not in _run("branches", backend="api")
+
+
+def test_stream_prints_to_stderr(server: ApiServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.replies = [stream(sse(delta("There"), delta(" was", "stop")))]
+    state = _run("stream", backend="api")
+    assert (state["story"], state["chunks"]) == ("There was", 2)
+    assert capsys.readouterr() == ("", "There was\n")
+
+
+def test_embed_finds_the_nearest_document(server: ApiServer) -> None:
+    server.replies = [_vectors([0.0, 1.0], [1.0, 0.0], [0.7, 0.7]), _vectors([0.1, 1.0])]
+    state = _run("embed", backend="api")
+    assert state["nearest"].startswith("Boil the noodles")
+    assert state["scores"][0] == max(state["scores"])
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["story", "stream", "branches"])
+def test_a_local_model_runs_the_examples(name: str, shared_models: Path) -> None:
+    state = _run(name, gguf=shared_models / "stories260K-f32.gguf", backend="local")
+    assert state
+
+
+@needs_llama
+def test_a_local_embedder_finds_the_nearest_document(shared_models: Path) -> None:
+    embedder = next(iter(sorted(shared_models.glob("all-MiniLM-L6-v2*.gguf"))), None)
+    if embedder is None:
+        pytest.skip("no all-MiniLM-L6-v2 among the shared models")
+    assert _run("embed", gguf=embedder, backend="local")["nearest"].startswith("Boil the noodles")
