@@ -1,0 +1,958 @@
+# cython: language_level=3, freethreading_compatible=True, binding=True
+"""llama.cpp in this process: Model, Context, Sampler, Generation.
+
+The call shape is always the same: check the arguments, one C call without the GIL, check its result, copy out.
+A Context and what works on it belong to one thread at a time; a second one gets EngineError, not a crash.
+"""
+cimport cython
+from cpython.ref cimport PyObject
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.math cimport isfinite, sqrt
+from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint32_t
+from libcpp cimport bool
+from libcpp.atomic cimport atomic
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+from posix.unistd cimport getpid
+
+from llama cimport *
+
+import json
+import logging
+import secrets
+
+from tea_llm import errors
+
+__all__ = [
+    "Context", "Generation", "Loading", "Model", "Sampler", "devices", "llama_version", "supports_gpu_offload",
+    "system_info",
+]
+
+cdef extern from *:
+    """
+    static int64_t tea_now_us() { return ggml_time_us(); }
+    """
+    int64_t now_us "tea_now_us"() noexcept nogil
+
+cdef extern from "guard.hpp" namespace "tea" nogil:
+    PyObject* engine_fault
+
+engine_fault = <PyObject*>errors.EngineFault  # the imported module keeps it alive
+install()
+llama_backend_init()
+
+_logger = logging.getLogger("tea_llm.llama")
+_PYTHON_LEVEL = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+
+
+cdef void _listen():
+    """Before a call: forget the last call's words, and keep the log lines that logging wants."""
+    take_last_words()
+    cdef int level = 4
+    while level > 1 and _logger.isEnabledFor(_PYTHON_LEVEL[level - 1]):
+        level -= 1
+    set_log_level(level)
+
+
+cdef str _last_words():
+    """After a call: hand the log lines to logging, and give the error lines of this call."""
+    cdef LogLine line
+    while take_log_line(line):
+        text = line.text.decode("utf-8", "replace").rstrip()
+        if text:
+            # llama.cpp's errors are told by the exception that follows them
+            _logger.log(_PYTHON_LEVEL.get(min(line.level, 3), logging.DEBUG), "%s", text)
+    return take_last_words().decode("utf-8", "replace") or "llama.cpp gave no reason"
+
+
+def llama_version() -> str:
+    """Version of the llama.cpp that is linked in."""
+    return llama_version_bytes().decode()
+
+
+def system_info() -> str:
+    """CPU features and build options in use, in llama.cpp's words."""
+    return llama_print_system_info().decode()
+
+
+def supports_gpu_offload() -> bool:
+    """Whether this build has a GPU backend and a device to use with it."""
+    return llama_supports_gpu_offload()
+
+
+def devices() -> list:
+    """The devices llama.cpp can compute on: a list of {name, description, memory_free, memory_total} (bytes)."""
+    cdef size_t free = 0, total = 0
+    found = []
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        ggml_backend_dev_memory(device, &free, &total)
+        found.append({
+            "name": ggml_backend_dev_name(device).decode(),
+            "description": ggml_backend_dev_description(device).decode(),
+            "memory_free": free,
+            "memory_total": total,
+        })
+    return found
+
+
+cdef class Loading:
+    """Watches and cancels a load from another thread."""
+
+    cdef atomic[float] _fraction
+    cdef atomic[bool] _cancelled
+
+    @property
+    def fraction(self) -> float:
+        """How much has been loaded, from 0 to 1."""
+        return self._fraction.load()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.load()
+
+    def cancel(self) -> None:
+        """End the load at the next tensor; it raises Cancelled."""
+        self._cancelled.store(True)
+
+
+cdef bool _on_progress(float progress, void* loading) noexcept nogil:
+    (<Loading>loading)._fraction.store(progress)
+    return not (<Loading>loading)._cancelled.load()
+
+
+cdef class Model:
+    """A loaded GGUF file: weights and vocabulary. Freed with its last reference; its contexts keep it alive.
+
+    Loading releases the GIL. Reading a model is safe from any thread.
+
+    Raises ModelNotFound, ModelLoadError with llama.cpp's own words, MemoryError, or Cancelled through `loading`.
+    """
+
+    cdef llama_model* _model
+    cdef const llama_vocab* _vocab
+    cdef ChatTemplate* _chat
+    cdef int _pid
+    cdef readonly str path
+    cdef readonly int n_vocab
+
+    def __init__(self, path, *, int n_gpu_layers=-1, bint use_mmap=True, bint use_mlock=False, bint vocab_only=False,
+                 bint check_tensors=False, Loading loading=None):
+        if self._model != NULL:
+            raise errors.EngineError("this Model is loaded already; make a new one")
+        self.path = str(path)
+        cdef bytes encoded = _path_bytes(self.path)
+        if loading is None:
+            loading = Loading()
+        cdef llama_model_params params = llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        if use_mmap:
+            params.load_mode = LLAMA_LOAD_MODE_MMAP_MLOCK if use_mlock else LLAMA_LOAD_MODE_MMAP
+        else:
+            params.load_mode = LLAMA_LOAD_MODE_MLOCK if use_mlock else LLAMA_LOAD_MODE_NONE
+        params.vocab_only = vocab_only
+        params.check_tensors = check_tensors
+        params.progress_callback = _on_progress
+        params.progress_callback_user_data = <void*>loading
+        self._pid = getpid()
+        cdef const char* c_path = encoded
+        _listen()
+        with nogil:
+            self._model = load_model(c_path, params)
+        words = _last_words()
+        if self._model == NULL:
+            if loading.cancelled:
+                raise errors.Cancelled(f"loading {self.path} was cancelled")
+            raise errors.ModelLoadError(f"{self.path} could not be loaded: {words}")
+        self._vocab = llama_model_get_vocab(self._model)
+        self.n_vocab = llama_vocab_n_tokens(self._vocab)
+
+    def __dealloc__(self):
+        if self._model != NULL and self._pid == getpid():
+            del self._chat
+            with nogil:
+                llama_model_free(self._model)
+
+    cdef int _check(self) except -1:
+        """Every method calls it first: __init__ may have failed, and a child process has no threads of its parent."""
+        if self._model == NULL:
+            raise errors.EngineClosed("this Model was never loaded")
+        if self._pid != getpid():
+            raise errors.EngineClosed(
+                "this Model was loaded before fork(); load it again in this process, or start processes with 'spawn'")
+        return 0
+
+    # --- what the file says -------------------------------------------------------------------------------------------
+    @property
+    def metadata(self) -> dict:
+        """The file's scalar metadata, each value as text; arrays are left out (llama.h, llama_model_meta_*)."""
+        self._check()
+        found = {}
+        for i in range(llama_model_meta_count(self._model)):
+            found[_text_of(self._model, i, False)] = _text_of(self._model, i, True)
+        return found
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and quantisation in a few words."""
+        self._check()
+        cdef char buffer[256]
+        llama_model_desc(self._model, buffer, sizeof(buffer))
+        return (<bytes>buffer).decode("utf-8", "replace")
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Context length the model was trained for, in tokens."""
+        self._check()
+        return llama_model_n_ctx_train(self._model)
+
+    @property
+    def n_embd(self) -> int:
+        """Length of an embedding vector."""
+        self._check()
+        return llama_model_n_embd_out(self._model)
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers."""
+        self._check()
+        return llama_model_n_layer(self._model)
+
+    @property
+    def n_head_kv(self) -> int:
+        """Number of key/value heads of the first layer."""
+        self._check()
+        return llama_model_n_head_kv(self._model)
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights."""
+        self._check()
+        return llama_model_n_params(self._model)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all weights."""
+        self._check()
+        return llama_model_size(self._model)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model has an encoder (BERT, T5)."""
+        self._check()
+        return llama_model_has_encoder(self._model)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model can generate text."""
+        self._check()
+        return llama_model_has_decoder(self._model)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's Jinja chat template, or None."""
+        self._check()
+        cdef const char* template = llama_model_chat_template(self._model, NULL)
+        return None if template == NULL else template.decode("utf-8", "replace")
+
+    def render_chat(self, messages, *, bint add_generation_prompt=True) -> str:
+        """The prompt for `messages` by the file's own template, rendered by llama.cpp's chat code.
+
+        Raises BadRequest when the model has no template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise errors.BadRequest(f"{self.path} has no chat template; name a chat_format or give a prompt")
+        cdef string encoded = json.dumps(list(messages)).encode()
+        cdef string prompt
+        try:
+            if self._chat == NULL:
+                self._chat = new ChatTemplate(self._model, string())
+            with nogil:
+                prompt = self._chat.render(encoded, add_generation_prompt)
+        except errors.EngineFault as exc:
+            raise errors.BadRequest(f"the chat template of {self.path} can't render these messages: {exc}") from exc
+        return prompt.decode("utf-8", "replace")
+
+    # --- vocabulary ---------------------------------------------------------------------------------------------------
+    @property
+    def bos(self) -> int:
+        """Token that begins a text, or -1."""
+        self._check()
+        return llama_vocab_bos(self._vocab)
+
+    @property
+    def eos(self) -> int:
+        """Token that ends a text, or -1."""
+        self._check()
+        return llama_vocab_eos(self._vocab)
+
+    @property
+    def eot(self) -> int:
+        """Token that ends a turn, or -1."""
+        self._check()
+        return llama_vocab_eot(self._vocab)
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether tokenize begins a text with `bos`."""
+        self._check()
+        return llama_vocab_get_add_bos(self._vocab)
+
+    def is_eog(self, int token) -> bool:
+        """Whether `token` ends a generation. So does BOS: it begins another document."""
+        self._check_tokens([token])
+        return self._ends(token)
+
+    cdef bint _ends(self, llama_token token) noexcept nogil:
+        return llama_vocab_is_eog(self._vocab, token) or token == llama_vocab_bos(self._vocab)
+
+    def is_control(self, int token) -> bool:
+        """Whether `token` is a control token, which has no text of its own."""
+        self._check_tokens([token])
+        return llama_vocab_is_control(self._vocab, token)
+
+    def tokenize(self, str text, *, bint add_special=True, bint parse_special=False) -> list:
+        """The tokens of `text`. `add_special` adds BOS/EOS as the model wants; `parse_special` reads control tokens.
+
+        Raises BadRequest for text that is no Unicode (lone surrogates).
+        """
+        self._check()
+        cdef vector[llama_token] tokens
+        self._tokenize(text, add_special, parse_special, tokens)
+        return [tokens[i] for i in range(tokens.size())]
+
+    cdef int _tokenize(self, str text, bint add_special, bint parse_special, vector[llama_token]& out) except -1:
+        cdef bytes encoded
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as exc:
+            raise errors.BadRequest(f"the text is not valid Unicode and can't be tokenized: {exc}") from exc
+        if len(encoded) > 2**31 - 64:
+            raise errors.BadRequest(f"the text has {len(encoded)} bytes; llama.cpp takes less than 2 GiB at once")
+        cdef const char* c_text = encoded
+        cdef int32_t n_text = len(encoded), n
+        _listen()
+        with nogil:
+            out.resize(n_text // 2 + 8)
+            n = tokenize(self._vocab, c_text, n_text, out.data(), out.size(), add_special, parse_special)
+            if n < 0 and n != INT32_MIN:
+                out.resize(-n)
+                n = tokenize(self._vocab, c_text, n_text, out.data(), out.size(), add_special, parse_special)
+        if n < 0:
+            raise errors.EngineError(f"a text of {n_text} bytes could not be tokenized: {_last_words()}")
+        out.resize(n)
+        return 0
+
+    def detokenize(self, tokens, *, bint remove_special=False, bint unparse_special=False) -> str:
+        """The text of `tokens`; bytes that are no UTF-8 become U+FFFD. `unparse_special` writes control tokens out."""
+        cdef vector[llama_token] ids = self._check_tokens(tokens)
+        cdef vector[char] text
+        cdef int32_t n
+        with nogil:
+            text.resize(ids.size() * 8 + 16)
+            n = detokenize(self._vocab, ids.data(), ids.size(), text.data(), text.size(), remove_special, unparse_special)
+            if n < 0:
+                text.resize(-n)
+                n = detokenize(self._vocab, ids.data(), ids.size(), text.data(), text.size(), remove_special,
+                               unparse_special)
+        return PyUnicode_DecodeUTF8(text.data(), n, "replace")
+
+    def piece(self, int token, *, bint special=False) -> bytes:
+        """The bytes of one token, which need not be whole characters. `special` writes control tokens out."""
+        self._check_tokens([token])
+        cdef string piece
+        self._piece(token, special, piece)
+        return piece
+
+    cdef int _piece(self, llama_token token, bint special, string& out) except -1 nogil:
+        cdef int32_t n
+        out.resize(64)
+        n = llama_token_to_piece(self._vocab, token, &out[0], out.size(), 0, special)
+        if n < 0:
+            out.resize(-n)
+            n = llama_token_to_piece(self._vocab, token, &out[0], out.size(), 0, special)
+        out.resize(n)
+        return 0
+
+    cdef vector[llama_token] _check_tokens(self, tokens) except *:
+        """`tokens` as C integers. llama.cpp reads past its tables for an id that is out of range."""
+        self._check()
+        cdef vector[llama_token] ids
+        cdef int64_t token
+        ids.reserve(len(tokens))
+        for value in tokens:
+            token = value
+            if not 0 <= token < self.n_vocab:
+                raise errors.BadRequest(f"token {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
+            ids.push_back(<llama_token>token)
+        return ids
+
+    def __repr__(self):
+        return f"Model({self.path!r})"
+
+
+cdef bytes _path_bytes(str path):
+    import os
+    import stat
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as exc:
+        raise errors.ModelNotFound(f"no model file at {path} ({exc.strerror}); check the path") from exc
+    except ValueError as exc:
+        raise errors.ModelNotFound(f"{path!r} is no path: {exc}") from exc
+    if not stat.S_ISREG(mode):
+        raise errors.ModelLoadError(f"{path} is not a regular file; give the path of a GGUF file")
+    return os.fsencode(path)
+
+
+cdef str _text_of(const llama_model* model, int32_t i, bint value):
+    """Key or value of the i-th metadata entry, whatever its length."""
+    cdef vector[char] buffer
+    cdef int32_t n
+    buffer.resize(256)
+    while True:
+        if value:
+            n = llama_model_meta_val_str_by_index(model, i, buffer.data(), buffer.size())
+        else:
+            n = llama_model_meta_key_by_index(model, i, buffer.data(), buffer.size())
+        if n < 0:
+            return ""
+        if <size_t>n < buffer.size():
+            return PyUnicode_DecodeUTF8(buffer.data(), n, "replace")
+        buffer.resize(n + 1)
+
+
+_POOLING = {
+    None: LLAMA_POOLING_TYPE_UNSPECIFIED,
+    "none": LLAMA_POOLING_TYPE_NONE,
+    "mean": LLAMA_POOLING_TYPE_MEAN,
+    "cls": LLAMA_POOLING_TYPE_CLS,
+    "last": LLAMA_POOLING_TYPE_LAST,
+    "rank": LLAMA_POOLING_TYPE_RANK,
+}
+
+
+cdef bool _is_cancelled(void* flag) noexcept nogil:
+    return (<atomic[bool]*>flag).load()
+
+
+@cython.no_gc_clear
+cdef class Context:
+    """Memory to compute in: the KV cache and the compute buffers of one model, and the threads that work on them.
+
+    With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. One thread at a time.
+
+    Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
+    """
+
+    # keeps the weights alive; no_gc_clear because __dealloc__ needs it
+    cdef readonly Model model
+    cdef llama_context* _ctx
+    cdef ggml_threadpool* _threads
+    cdef atomic[bool] _busy
+    cdef atomic[bool] _cancel
+    cdef bint _poisoned
+    cdef readonly int n_ctx
+    cdef readonly int n_batch
+    cdef readonly int n_threads
+    cdef readonly bint embeddings
+
+    def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
+                 int n_threads=1, bint embeddings=False, pooling=None):
+        if self._ctx != NULL:
+            raise errors.EngineError("this Context is made already; make a new one")
+        model._check()
+        for name, value, low, high in (
+            ("n_ctx", n_ctx, 0, 2**30), ("n_batch", n_batch, 1, 2**20), ("n_ubatch", n_ubatch, 0, n_batch),
+            ("n_seq_max", n_seq_max, 1, 256), ("n_threads", n_threads, 1, 512),
+        ):
+            if not low <= value <= high:
+                raise errors.BadRequest(f"{name} is {value}; give a number from {low} to {high}")
+        if pooling not in _POOLING:
+            raise errors.BadRequest(
+                f"pooling is {pooling!r}; choose one of {', '.join(repr(p) for p in _POOLING if p)}, or None")
+        self.model = model
+        self.embeddings = embeddings
+        self.n_threads = n_threads
+        cdef llama_context_params params = llama_context_default_params()
+        params.n_ctx = n_ctx or max(model.n_ctx_train, 8)
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch or n_batch
+        params.n_seq_max = n_seq_max
+        params.n_threads = n_threads
+        params.n_threads_batch = n_threads
+        params.embeddings = embeddings
+        params.pooling_type = _POOLING[pooling]
+        params.kv_unified = True
+        params.no_perf = True
+        params.n_outputs_max = 0 if embeddings else n_seq_max  # logits of last tokens only: no buffer for the whole batch
+        cdef ggml_threadpool_params thread_params
+        cdef llama_context* ctx
+        _listen()
+        with nogil:
+            ctx = new_context(model._model, params)
+        words = _last_words()
+        if ctx == NULL:
+            raise errors.EngineError(
+                f"no context of {params.n_ctx} tokens for {model.path} could be made: {words}; try a smaller n_ctx")
+        self._ctx = ctx
+        self.n_ctx = llama_n_ctx(ctx)
+        self.n_batch = llama_n_batch(ctx)
+        thread_params = ggml_threadpool_params_default(n_threads)
+        self._threads = ggml_threadpool_new(&thread_params)
+        if self._threads == NULL:
+            raise errors.EngineError(f"{n_threads} threads could not be started; try a smaller n_threads")
+        ggml_threadpool_pause(self._threads)
+        llama_attach_threadpool(ctx, self._threads, self._threads)
+
+    def __dealloc__(self):
+        self._free()
+
+    cdef void _free(self) noexcept:
+        # A poisoned context is leaked: llama.cpp was left in the middle of its work. So is one of another process.
+        if self._ctx != NULL and not self._poisoned and self.model._pid == getpid():
+            with nogil:
+                llama_detach_threadpool(self._ctx)
+                llama_free(self._ctx)
+                ggml_threadpool_free(self._threads)
+        self._ctx = NULL
+        self._threads = NULL
+
+    def close(self) -> None:
+        """Free the memory and the threads now. Closing twice is fine.
+
+        Raises EngineError while another thread computes on the context.
+        """
+        if self._busy.exchange(True):
+            raise errors.EngineError("this Context is computing on another thread; cancel that first")
+        self._free()
+        self._busy.store(False)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the context was closed."""
+        return self._ctx == NULL
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether llama.cpp failed inside it, so that it can't be used again."""
+        return self._poisoned
+
+    @property
+    def pooling(self) -> str | None:
+        """How the context pools embeddings."""
+        self._check()
+        kind = llama_get_pooling_type(self._ctx)
+        return next((name for name, value in _POOLING.items() if name and value == kind), None)
+
+    def cancel(self) -> None:
+        """End the `embed` that runs now, from any thread; a CPU computation stops within one graph node."""
+        self._cancel.store(True)
+
+    cdef int _check(self) except -1:
+        if self._ctx == NULL:
+            raise errors.EngineClosed("this Context is closed; make a new one")
+        if self._poisoned:
+            raise errors.EngineClosed("llama.cpp failed inside this Context; make a new one")
+        return self.model._check()
+
+    cdef int _enter(self, atomic[bool]* cancelled) except -1:
+        """Take the context for this thread; `cancelled` ends what it computes."""
+        if self._busy.exchange(True):
+            raise errors.EngineError("this Context is computing on another thread; a Context has one owner at a time")
+        try:
+            self._check()
+        except BaseException:
+            self._busy.store(False)
+            raise
+        llama_set_abort_callback(self._ctx, _is_cancelled, cancelled)
+        _listen()
+        return 0
+
+    cdef void _leave(self) noexcept:
+        # Idle workers would spin for a while, waiting for the next graph.
+        if self._threads != NULL:
+            ggml_threadpool_pause(self._threads)
+        self._busy.store(False)
+
+    def embed(self, texts, *, bint normalize=True) -> memoryview:
+        """One vector per text in `texts`, a list of token lists, computed in one batch.
+
+        Returns float32 of shape (len(texts), model.n_embd), in a memoryview of its own.
+
+        Raises BadRequest for an empty text, more texts than n_seq_max or more tokens than n_batch.
+        """
+        cdef vector[llama_token] tokens, ids
+        cdef vector[llama_pos] positions
+        cdef vector[int32_t] n_seq
+        cdef vector[llama_seq_id] seq
+        cdef vector[llama_seq_id*] seq_ptr
+        cdef vector[int8_t] outputs
+        cdef int32_t i, j, n_texts = len(texts), n_embd = self.model.n_embd, rc
+        if not self.embeddings:
+            raise errors.BadRequest("this Context computes text; make one with embeddings=True")
+        for i, text in enumerate(texts):
+            ids = self.model._check_tokens(text)
+            if ids.empty():
+                raise errors.BadRequest(f"text {i} has no tokens; there is nothing to embed")
+            for j in range(<int32_t>ids.size()):
+                tokens.push_back(ids[j])
+                positions.push_back(j)
+                seq.push_back(i)
+        if tokens.size() > <size_t>self.n_batch:
+            raise errors.BadRequest(f"{tokens.size()} tokens do not fit into a batch of {self.n_batch}")
+        if tokens.empty():
+            return memoryview(b"")
+        n_seq.resize(tokens.size(), 1)
+        outputs.resize(tokens.size(), 1)
+        for i in range(<int32_t>seq.size()):
+            seq_ptr.push_back(&seq[i])
+        cdef llama_batch batch
+        batch.n_tokens = tokens.size()
+        batch.token = tokens.data()
+        batch.embd = NULL
+        batch.pos = positions.data()
+        batch.n_seq_id = n_seq.data()
+        batch.seq_id = seq_ptr.data()
+        batch.logits = outputs.data()
+        cdef bytearray out = bytearray(4 * n_texts * n_embd)
+        cdef char* raw = out
+        cdef float* vectors = <float*>raw
+        cdef bint with_memory
+        self._cancel.store(False)
+        self._enter(&self._cancel)
+        try:
+            with nogil:
+                with_memory = llama_get_memory(self._ctx) != NULL
+                if with_memory:
+                    llama_memory_clear(llama_get_memory(self._ctx), False)
+                    rc = decode(self._ctx, batch)
+                else:
+                    rc = encode(self._ctx, batch)
+                if rc == 0:
+                    rc = _copy_vectors(self._ctx, vectors, n_texts, n_embd, normalize)
+        except errors.EngineFault:
+            self._poisoned = True
+            raise
+        finally:
+            self._leave()
+        words = _last_words()
+        if rc == 2:
+            raise errors.Cancelled("embedding was cancelled")
+        if rc != 0:
+            raise errors.EngineError(f"{n_texts} texts could not be embedded (llama.cpp returned {rc}): {words}")
+        return memoryview(out).cast("f", (n_texts, n_embd)) if n_texts else memoryview(b"")
+
+    def __repr__(self):
+        state = "closed" if self._ctx == NULL else f"n_ctx={self.n_ctx}"
+        return f"Context({self.model.path!r}, {state})"
+
+
+cdef int _copy_vectors(llama_context* ctx, float* out, int32_t n_texts, int32_t n_embd, bint normalize) noexcept nogil:
+    """Rows of `out` are the sequences' vectors, each of length 1 if `normalize`. -100 if one is missing or not finite."""
+    cdef int32_t i, j
+    cdef float* vector
+    cdef double norm
+    for i in range(n_texts):
+        vector = llama_get_embeddings_seq(ctx, i)
+        if vector == NULL:
+            return -100
+        norm = 0
+        for j in range(n_embd):
+            norm += <double>vector[j] * vector[j]
+        if not isfinite(norm):
+            return -100
+        norm = 1 / sqrt(norm) if normalize and norm > 0 else 1
+        for j in range(n_embd):
+            out[i * n_embd + j] = <float>(vector[j] * norm)
+    return 0
+
+
+cdef class Sampler:
+    """How the next token is chosen, as a chain of llama.cpp's samplers in its own order.
+
+    bias → grammar → penalties → DRY → top-n-sigma → top-k → typical → top-p → min-p → XTC → temperature → draw;
+    temperature 0 takes the likeliest token, mirostat replaces the truncations. Defaults are llama.cpp's
+    (common_params_sampling). Without a `seed` a random one is drawn and reported in `seed`.
+
+    Raises GrammarError for a grammar llama.cpp can't parse, BadRequest for a bias on a token that isn't there.
+    """
+
+    # the samplers read the vocabulary
+    cdef readonly Model model
+    cdef Chain _chain
+    cdef readonly uint32_t seed
+    cdef int32_t _n_lookback
+
+    def __init__(self, Model model not None, *, float temperature=0.8, int top_k=40, float top_p=0.95,
+                 float min_p=0.05, float typical_p=1.0, float top_n_sigma=-1.0, float xtc_probability=0.0,
+                 float xtc_threshold=0.1, float dry_multiplier=0.0, float dry_base=1.75, int dry_allowed_length=2,
+                 int dry_penalty_last_n=-1, dry_sequence_breakers=("\n", ":", '"', "*"), float repeat_penalty=1.0,
+                 int repeat_last_n=64, float frequency_penalty=0.0, float presence_penalty=0.0, int mirostat=0,
+                 float mirostat_tau=5.0, float mirostat_eta=0.1, logit_bias=None, grammar=None, seed=None):
+        if self._chain.samplers != NULL:
+            raise errors.EngineError("this Sampler is made already; make a new one")
+        model._check()
+        self.model = model
+        self.seed = secrets.randbelow(2**32 - 1) if seed is None else seed
+        self._chain.samplers = llama_sampler_chain_init(llama_sampler_chain_default_params())
+        cdef int32_t n_ctx = model.n_ctx_train
+        cdef llama_logit_bias bias
+        for token, value in (logit_bias or {}).items():
+            bias.token = model._check_tokens([token])[0]
+            bias.bias = value
+            self._chain.bias.push_back(bias)
+        if grammar is not None:
+            self._add(self._grammar(grammar))
+        if repeat_last_n < 0:
+            repeat_last_n = n_ctx
+        if repeat_last_n and (repeat_penalty != 1 or frequency_penalty or presence_penalty):
+            self._add_lookback(repeat_last_n, llama_sampler_init_penalties(
+                model.n_vocab, repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty))
+        if dry_penalty_last_n < 0:
+            dry_penalty_last_n = n_ctx
+        if dry_multiplier and dry_penalty_last_n:
+            self._add_lookback(dry_penalty_last_n, self._dry(
+                dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers))
+        cdef bint first = llama_sampler_chain_n(self._chain.samplers) == 0
+        if temperature <= 0:
+            self._add(llama_sampler_init_greedy())
+            self._chain.greedy = first
+            return
+        if mirostat:
+            self._add(llama_sampler_init_temp(temperature))
+            if mirostat == 1:
+                self._add(llama_sampler_init_mirostat(model.n_vocab, self.seed, mirostat_tau, mirostat_eta, 100))
+            else:
+                self._add(llama_sampler_init_mirostat_v2(self.seed, mirostat_tau, mirostat_eta))
+            return
+        if top_n_sigma > 0:
+            self._add(llama_sampler_init_top_n_sigma(top_n_sigma))
+            first = False
+        if 0 < top_k < model.n_vocab:
+            if first:
+                self._chain.k = top_k  # done before the chain, without the candidate array of the whole vocabulary
+            else:
+                self._add(llama_sampler_init_top_k(top_k))
+        if typical_p < 1:
+            self._add(llama_sampler_init_typical(typical_p, 1))
+        if top_p < 1:
+            self._add(llama_sampler_init_top_p(top_p, 1))
+        if min_p > 0:
+            self._add(llama_sampler_init_min_p(min_p, 1))
+        if xtc_probability > 0:
+            self._add(llama_sampler_init_xtc(xtc_probability, xtc_threshold, 1, self.seed))
+        self._add(llama_sampler_init_temp(temperature))
+        self._add(llama_sampler_init_dist(self.seed))
+
+    cdef void _add(self, llama_sampler* sampler) noexcept:
+        llama_sampler_chain_add(self._chain.samplers, sampler)
+
+    cdef void _add_lookback(self, int32_t n, llama_sampler* sampler) noexcept:
+        self._add(sampler)
+        self._chain.lookback.push_back(sampler)
+        self._n_lookback = max(self._n_lookback, n)
+
+    cdef llama_sampler* _grammar(self, str grammar) except NULL:
+        cdef bytes encoded = grammar.encode()
+        cdef const char* c_grammar = encoded
+        _listen()
+        cdef llama_sampler* sampler
+        with nogil:
+            sampler = new_grammar(self.model._vocab, c_grammar, b"root")
+        words = _last_words()
+        if sampler == NULL:
+            raise errors.GrammarError(
+                f"the grammar could not be parsed: {words}; it must be GBNF with a rule named root")
+        return sampler
+
+    cdef llama_sampler* _dry(self, float multiplier, float base, int allowed_length, int last_n, breakers) except NULL:
+        encoded = [b.encode() for b in breakers]
+        cdef vector[const char*] c_breakers
+        for b in encoded:
+            c_breakers.push_back(b)
+        return llama_sampler_init_dry(self.model._vocab, multiplier, base, allowed_length, last_n, c_breakers.data(),
+                                      c_breakers.size())
+
+    def reset(self) -> None:
+        """Forget what was generated and start the random numbers from `seed` again."""
+        llama_sampler_reset(self._chain.samplers)
+
+
+cdef enum Finish:
+    RUNNING, STOP, LENGTH, CANCELLED
+
+_FINISH_REASON = {RUNNING: None, STOP: "stop", LENGTH: "length", CANCELLED: "cancelled"}
+
+
+cdef class Generation:
+    """One text being generated: `run` computes until there is text to hand out, and the end is None.
+
+    Takes the context for itself: what another generation computed in it is forgotten.
+
+    It ends with `length` after `max_tokens`, or when the context is full. Raises ContextOverflow when the prompt alone
+    leaves no room in it.
+    """
+
+    cdef readonly Context context
+    cdef readonly Sampler sampler
+    cdef vector[llama_token] _prompt
+    cdef size_t _n_read              # tokens of the prompt that are in the KV cache
+    cdef llama_token _token          # sampled, not yet decoded; -1 if none
+    cdef int32_t _n_max
+    cdef Finish _finish
+    cdef atomic[bool] _cancelled
+    cdef TextFilter _text
+    cdef string _piece
+    cdef int64_t _started_us, _first_us, _ended_us
+    cdef readonly int n_generated
+
+    def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=()):
+        if sampler.model is not context.model:
+            raise errors.BadRequest("the Sampler was made for another Model than the Context")
+        context._check()
+        self.context = context
+        self.sampler = sampler
+        self._prompt = context.model._check_tokens(prompt)
+        if self._prompt.empty():
+            raise errors.BadRequest("the prompt has no tokens; give some text to continue")
+        cdef int32_t n_free = context.n_ctx - <int32_t>self._prompt.size()
+        if n_free < 1:
+            raise errors.ContextOverflow(
+                f"the prompt has {self._prompt.size()} tokens, but the context holds {context.n_ctx}; shorten the prompt, "
+                "raise n_ctx or set truncate: true", n_prompt=self._prompt.size(), n_ctx=context.n_ctx)
+        self._n_max = n_free if max_tokens is None else min(max_tokens, n_free)
+        for text in stop:
+            self._text.add_stop(text.encode())
+        self._token = -1
+        self._finish = RUNNING
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop` (the model or a stop string ended it), `length`, `cancelled`, or None while it runs."""
+        return _FINISH_REASON[self._finish]
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self._prompt.size()
+
+    @property
+    def prompt_s(self) -> float:
+        """Seconds from the first `run` to the first token."""
+        return max(self._first_us - self._started_us, 0) / 1e6
+
+    @property
+    def generation_s(self) -> float:
+        """Seconds from the first token to the last."""
+        return max(self._ended_us - self._first_us, 0) / 1e6
+
+    def cancel(self) -> None:
+        """End the generation, from any thread: `run` hands out what it has, then None."""
+        self._cancelled.store(True)
+
+    def run(self, *, bint stream=False) -> str | None:
+        """The next piece of text: what came with the next token if `stream`, else all the rest. None at the end.
+
+        Raises EngineFault, after which the context is `poisoned`, or EngineError.
+        """
+        if self._finish != RUNNING and not self._text.has_ready():
+            return None
+        self.context._enter(&self._cancelled)
+        try:
+            with nogil:
+                self._run(stream)
+        except errors.EngineError:
+            self.context._poisoned = True
+            self._finish = CANCELLED
+            raise
+        finally:
+            if self._finish != RUNNING:
+                self.context._leave()
+            else:
+                self.context._busy.store(False)
+            _last_words()
+        if not self._text.has_ready():
+            return None
+        text = PyUnicode_DecodeUTF8(self._text.ready().data(), self._text.ready().size(), "replace")
+        self._text.clear_ready()
+        return text
+
+    cdef int _run(self, bint stream) except -1 nogil:
+        cdef llama_token token
+        if self._started_us == 0:
+            self._started_us = now_us()
+            llama_memory_clear(llama_get_memory(self.context._ctx), False)
+            self._read_prompt_into_sampler()
+        while self._finish == RUNNING and not (stream and self._text.has_ready()):
+            if self._n_max == 0:
+                return self._end(LENGTH)
+            if not self._decode():
+                return self._end(CANCELLED)
+            token = self.sampler._chain.sample(self.context._ctx, -1, self.context.model.n_vocab)
+            self._ended_us = now_us()
+            if self._first_us == 0:
+                self._first_us = self._ended_us
+            if token < 0:
+                self._fail(b"the model's output is not a number; its file may be damaged")
+            if self.context.model._ends(token):
+                return self._end(STOP)
+            self._token = token
+            self.n_generated += 1
+            self.context.model._piece(token, False, self._piece)
+            if self._text.push(self._piece.data(), self._piece.size()):
+                return self._end(STOP)
+            if self.n_generated >= self._n_max:
+                return self._end(LENGTH)
+        return 0
+
+    cdef int _end(self, Finish finish) except -1 nogil:
+        self._finish = finish
+        self._text.flush()
+        return 0
+
+    cdef int _read_prompt_into_sampler(self) except -1 nogil:
+        cdef size_t n = min(<size_t>self.sampler._n_lookback, self._prompt.size())
+        self.sampler._chain.read_prompt(self._prompt.data() + self._prompt.size() - n, <int32_t>n)
+        return 0
+
+    cdef int _decode(self) except -1 nogil:
+        """Computes the logits of the last token: of the prompt, in batches, or of the one sampled last. 0: cancelled."""
+        cdef llama_token* tokens = &self._token
+        cdef size_t n = 1
+        while True:
+            if self._cancelled.load():
+                return 0
+            if self._n_read < self._prompt.size():
+                tokens = self._prompt.data() + self._n_read
+                n = min(<size_t>self.context.n_batch, self._prompt.size() - self._n_read)
+                self._n_read += n
+            if not self._decode_batch(tokens, <int32_t>n):
+                return 0
+            if self._n_read >= self._prompt.size():
+                return 1
+
+    cdef int _decode_batch(self, llama_token* tokens, int32_t n) except -1 nogil:
+        cdef llama_batch batch
+        cdef int32_t rc
+        batch.n_tokens = n
+        batch.token = tokens
+        batch.embd = NULL
+        batch.pos = NULL      # follow the last position
+        batch.n_seq_id = NULL
+        batch.seq_id = NULL   # sequence 0
+        batch.logits = NULL   # of the last token
+        rc = decode(self.context._ctx, batch)
+        if rc == 2:
+            return 0
+        if rc != 0:
+            self._fail(b"llama.cpp could not compute the next batch")
+        return 1
+
+    cdef int _fail(self, const char* what) except -1 nogil:
+        with gil:
+            raise errors.EngineError(f"{what.decode()}: {_last_words()}")
+
+    def __repr__(self):
+        return f"Generation({self.n_prompt} + {self.n_generated} tokens, {self.finish_reason or 'running'})"

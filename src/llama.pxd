@@ -1,0 +1,203 @@
+# The part of llama.h (and of ggml's headers) that we call, in their order. Calls that can assert or throw go through
+# guard.hpp and carry `except +raise_fault`; the others return plain values and can do neither.
+from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
+from libcpp cimport bool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+cdef extern from "llama.h" nogil:
+    struct llama_vocab:
+        pass
+    struct llama_model:
+        pass
+    struct llama_context:
+        pass
+    struct llama_sampler:
+        pass
+    struct llama_memory_i:
+        pass
+    ctypedef llama_memory_i* llama_memory_t
+    ctypedef int32_t llama_pos
+    ctypedef int32_t llama_token
+    ctypedef int32_t llama_seq_id
+
+cdef extern from "guard.hpp" namespace "tea" nogil:
+    void raise_fault()
+    void install()
+    void set_log_level "tea::log_level.store"(int level)
+    string take_last_words()
+    cppclass LogLine:
+        int level
+        string text
+    bool take_log_line(LogLine& line)
+
+    llama_model* load_model(const char* path, const llama_model_params& params) except +raise_fault
+    llama_context* new_context(llama_model* model, const llama_context_params& params) except +raise_fault
+    int32_t encode(llama_context* ctx, const llama_batch& batch) except +raise_fault
+    int32_t decode(llama_context* ctx, const llama_batch& batch) except +raise_fault
+    int32_t tokenize(const llama_vocab* vocab, const char* text, int32_t text_len, llama_token* tokens,
+                     int32_t n_tokens_max, bool add_special, bool parse_special) except +raise_fault
+    int32_t detokenize(const llama_vocab* vocab, const llama_token* tokens, int32_t n_tokens, char* text,
+                       int32_t text_len_max, bool remove_special, bool unparse_special) except +raise_fault
+
+cdef extern from "text_filter.hpp" namespace "tea" nogil:
+    cppclass TextFilter:
+        void add_stop(string stop) except +
+        bool push(const char* bytes, size_t n) except +
+        void flush() except +
+        bool has_ready()
+        const string& ready()
+        void clear_ready()
+
+cdef extern from "sampling.hpp" namespace "tea" nogil:
+    cppclass Chain:
+        llama_sampler* samplers
+        bool greedy
+        int32_t k
+        vector[llama_logit_bias] bias
+        vector[llama_sampler*] lookback
+        void read_prompt(const llama_token* tokens, int32_t n) except +raise_fault
+        llama_token sample(llama_context* ctx, int32_t i, int32_t n_vocab) except +raise_fault
+    llama_sampler* new_grammar(const llama_vocab* vocab, const char* grammar, const char* root) except +raise_fault
+
+cdef extern from "chat_template.hpp" namespace "tea" nogil:
+    cppclass ChatTemplate:
+        ChatTemplate(const llama_model* model, const string& source) except +raise_fault
+        string render(const string& messages, bool add_generation_prompt) except +raise_fault
+
+cdef extern from "ggml-cpu.h" nogil:
+    struct ggml_threadpool_params:
+        pass
+    struct ggml_threadpool:
+        pass
+    ggml_threadpool_params ggml_threadpool_params_default(int n_threads)
+    ggml_threadpool* ggml_threadpool_new(ggml_threadpool_params* params)
+    void ggml_threadpool_free(ggml_threadpool* threadpool)
+    void ggml_threadpool_pause(ggml_threadpool* threadpool)
+
+cdef extern from "ggml-backend.h" nogil:
+    struct ggml_backend_device:
+        pass
+    size_t ggml_backend_dev_count()
+    ggml_backend_device* ggml_backend_dev_get(size_t index)
+    const char* ggml_backend_dev_name(ggml_backend_device* device)
+    const char* ggml_backend_dev_description(ggml_backend_device* device)
+    void ggml_backend_dev_memory(ggml_backend_device* device, size_t* free, size_t* total)
+
+cdef extern from "llama.h" nogil:
+    enum llama_pooling_type:
+        LLAMA_POOLING_TYPE_UNSPECIFIED
+        LLAMA_POOLING_TYPE_NONE
+        LLAMA_POOLING_TYPE_MEAN
+        LLAMA_POOLING_TYPE_CLS
+        LLAMA_POOLING_TYPE_LAST
+        LLAMA_POOLING_TYPE_RANK
+    enum llama_load_mode:
+        LLAMA_LOAD_MODE_AUTO
+        LLAMA_LOAD_MODE_NONE
+        LLAMA_LOAD_MODE_MMAP
+        LLAMA_LOAD_MODE_MLOCK
+        LLAMA_LOAD_MODE_MMAP_MLOCK
+
+    ctypedef bool (*llama_progress_callback)(float progress, void* user_data) noexcept nogil
+    ctypedef bool (*ggml_abort_callback)(void* data) noexcept nogil
+
+    struct llama_batch:
+        int32_t n_tokens
+        llama_token* token
+        float* embd
+        llama_pos* pos
+        int32_t* n_seq_id
+        llama_seq_id** seq_id
+        int8_t* logits
+
+    struct llama_model_params:
+        int32_t n_gpu_layers
+        llama_load_mode load_mode
+        llama_progress_callback progress_callback
+        void* progress_callback_user_data
+        bool vocab_only
+        bool check_tensors
+
+    struct llama_context_params:
+        uint32_t n_ctx
+        uint32_t n_batch
+        uint32_t n_ubatch
+        uint32_t n_seq_max
+        uint32_t n_outputs_max
+        int32_t n_threads
+        int32_t n_threads_batch
+        llama_pooling_type pooling_type
+        bool embeddings
+        bool no_perf
+        bool kv_unified
+
+    struct llama_logit_bias:
+        llama_token token
+        float bias
+    struct llama_sampler_chain_params:
+        bool no_perf
+
+    const char* llama_version_bytes "llama_version"()
+    llama_model_params llama_model_default_params()
+    llama_context_params llama_context_default_params()
+    llama_sampler_chain_params llama_sampler_chain_default_params()
+    void llama_backend_init()
+    void llama_attach_threadpool(llama_context* ctx, ggml_threadpool* threadpool, ggml_threadpool* threadpool_batch)
+    void llama_detach_threadpool(llama_context* ctx)
+    void llama_model_free(llama_model* model)
+    void llama_free(llama_context* ctx)
+    bool llama_supports_gpu_offload()
+    uint32_t llama_n_ctx(const llama_context* ctx)
+    uint32_t llama_n_batch(const llama_context* ctx)
+    void llama_set_abort_callback(llama_context* ctx, ggml_abort_callback callback, void* data)
+    llama_memory_t llama_get_memory(const llama_context* ctx)
+    llama_pooling_type llama_get_pooling_type "llama_pooling_type"(const llama_context* ctx)
+    const llama_vocab* llama_model_get_vocab(const llama_model* model)
+    int32_t llama_model_n_ctx_train(const llama_model* model)
+    int32_t llama_model_n_embd_out(const llama_model* model)
+    int32_t llama_model_n_layer(const llama_model* model)
+    int32_t llama_model_n_head_kv(const llama_model* model)
+    int32_t llama_vocab_n_tokens(const llama_vocab* vocab)
+    int32_t llama_model_meta_count(const llama_model* model)
+    int32_t llama_model_meta_key_by_index(const llama_model* model, int32_t i, char* buf, size_t buf_size)
+    int32_t llama_model_meta_val_str_by_index(const llama_model* model, int32_t i, char* buf, size_t buf_size)
+    int32_t llama_model_desc(const llama_model* model, char* buf, size_t buf_size)
+    uint64_t llama_model_size(const llama_model* model)
+    const char* llama_model_chat_template(const llama_model* model, const char* name)
+    uint64_t llama_model_n_params(const llama_model* model)
+    bool llama_model_has_encoder(const llama_model* model)
+    bool llama_model_has_decoder(const llama_model* model)
+    void llama_memory_clear(llama_memory_t mem, bool data)
+    float* llama_get_logits_ith(llama_context* ctx, int32_t i)
+    float* llama_get_embeddings_seq(llama_context* ctx, llama_seq_id seq_id)
+    bool llama_vocab_is_eog(const llama_vocab* vocab, llama_token token)
+    bool llama_vocab_is_control(const llama_vocab* vocab, llama_token token)
+    llama_token llama_vocab_bos(const llama_vocab* vocab)
+    llama_token llama_vocab_eos(const llama_vocab* vocab)
+    llama_token llama_vocab_eot(const llama_vocab* vocab)
+    bool llama_vocab_get_add_bos(const llama_vocab* vocab)
+    int32_t llama_token_to_piece(const llama_vocab* vocab, llama_token token, char* buf, int32_t length,
+                                 int32_t lstrip, bool special)
+    llama_sampler* llama_sampler_chain_init(llama_sampler_chain_params params)
+    void llama_sampler_chain_add(llama_sampler* chain, llama_sampler* sampler)
+    int32_t llama_sampler_chain_n(const llama_sampler* chain)
+    void llama_sampler_reset(llama_sampler* sampler)
+    llama_sampler* llama_sampler_init_greedy()
+    llama_sampler* llama_sampler_init_dist(uint32_t seed)
+    llama_sampler* llama_sampler_init_top_k(int32_t k)
+    llama_sampler* llama_sampler_init_top_p(float p, size_t min_keep)
+    llama_sampler* llama_sampler_init_min_p(float p, size_t min_keep)
+    llama_sampler* llama_sampler_init_typical(float p, size_t min_keep)
+    llama_sampler* llama_sampler_init_temp(float t)
+    llama_sampler* llama_sampler_init_xtc(float p, float t, size_t min_keep, uint32_t seed)
+    llama_sampler* llama_sampler_init_top_n_sigma(float n)
+    llama_sampler* llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
+    llama_sampler* llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta)
+    llama_sampler* llama_sampler_init_penalties(int32_t n_vocab, int32_t penalty_last_n, float penalty_repeat,
+                                                float penalty_freq, float penalty_present)
+    llama_sampler* llama_sampler_init_dry(const llama_vocab* vocab, float dry_multiplier, float dry_base,
+                                          int32_t dry_allowed_length, int32_t dry_penalty_last_n,
+                                          const char** seq_breakers, size_t num_breakers)
+    llama_sampler* llama_sampler_init_logit_bias(int32_t n_vocab, int32_t n_logit_bias, const llama_logit_bias* bias)
+    const char* llama_print_system_info()
