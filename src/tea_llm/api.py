@@ -389,7 +389,7 @@ class ApiLlmBackend(RequestBackend):
             if local is None:
                 raise
             raise FallbackError(
-                f"no backend could answer. local: {local} | api: {error}", (("local", local), ("api", error))
+                f"{local} The API could not answer in its place: {error}", (("local", local), ("api", error))
             ) from error
         return dataclasses.replace(
             result,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
-from .errors import BadRequest
+from .errors import BadRequest, EngineClosed, EngineError, LlmError, ModelError, ModelNotFound, OutOfMemory
+from .models import packaged_model, resolve_model_path
 from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message
+from .settings import LlmSettings
 
-__all__ = ["LlmBackend", "RequestBackend"]
+__all__ = ["BackendPool", "LlmBackend", "RequestBackend", "create_llm_backend"]
 
 logger = logging.getLogger("tea_llm")
 
@@ -137,3 +140,205 @@ def _as_texts(text: str | Sequence[str]) -> list[str]:
         if not isinstance(t, str):
             raise BadRequest(f"text[{i}] is {type(t).__name__}; embed takes a str or a list of str")
     return texts
+
+
+# --- which backend answers --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Choice:
+    """Who is to answer: the model file at `path`, or with None the API."""
+
+    settings: LlmSettings
+    path: str | None
+    missing: LlmError | None = None  # why there is no path although a local model was asked for
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the API answers where the local model can't."""
+        return "api" in self.settings.fallback
+
+
+def create_llm_backend(settings: Mapping[str, Any] | LlmSettings, engine: Any = None) -> RequestBackend:
+    """The backend that `settings`, `{"llm": {…}}`, ask for: a LocalLlmBackend or an ApiLlmBackend.
+
+    `engine.cli_overrides` (`model_path`, `backend`) come first. A local model that is not found or does not load is a
+    WARNING, and the API answers in its place; with `fallback: error` it is an error. The choice is logged at INFO.
+
+    Raises SettingsError, and with `fallback: error` ModelError or MemoryError.
+    """
+    if not isinstance(settings, LlmSettings):
+        settings = LlmSettings.from_mapping(settings.get("llm"))
+    return _open(_choose(settings, getattr(engine, "cli_overrides", None) or {}))
+
+
+def _choose(settings: LlmSettings, cli: Mapping[str, Any]) -> _Choice:
+    cli_path = cli.get("model_path")
+    backend = cli.get("backend") or ("local" if cli_path else settings.backend)
+    if backend not in ("local", "auto"):
+        return _Choice(settings, None)
+    if settings.model == "tiny" and not settings.model_path and not cli_path:
+        return _Choice(settings, packaged_model())
+    path = resolve_model_path(settings, cli_path) or settings.embedding_model_path
+    if path is None and backend == "local":
+        missing = ModelNotFound("No local model found. Set TEA_MODEL_PATH or configure llm.model_path.")
+        return _Choice(settings, None, missing)
+    return _Choice(settings, path)
+
+
+def _open(
+    choice: _Choice, progress: Callable[[float], object] | None = None, *, each_call: bool = False
+) -> RequestBackend:
+    """The backend of a choice, or its fallback; with `each_call` a local one falls back in single calls too."""
+    if choice.path is None and choice.missing is None:
+        logger.info("LLM backend: API")
+        return _api(choice.settings)
+    try:
+        if choice.missing is not None:
+            raise choice.missing
+        backend = _local(choice, progress)
+    except (ModelError, EngineError, MemoryError) as exc:
+        if not choice.falls_back:
+            raise
+        what = "" if isinstance(exc, ModelNotFound) else "Failed to load local LLM: "
+        logger.warning("%s%s Falling back to API backend", what, _sentence(exc))
+        return _api(choice.settings, exc)
+    logger.info("LLM backend: local, %s", choice.path)
+    return _LocalThenApi(backend, choice.settings) if each_call and choice.falls_back else backend
+
+
+def _local(choice: _Choice, progress: Callable[[float], object] | None) -> RequestBackend:
+    from .local import LocalLlmBackend
+
+    s = choice.settings
+    assert choice.path is not None
+    return LocalLlmBackend(
+        choice.path,
+        n_ctx=s.n_ctx,
+        n_threads=s.n_threads,
+        n_gpu_layers=s.n_gpu_layers,
+        chat_format=s.chat_format,
+        n_batch=s.n_batch,
+        pooling=s.pooling,
+        embedding_model_path=s.embedding_model_path if s.embedding_model_path != choice.path else None,
+        progress=progress,
+    )
+
+
+def _api(settings: LlmSettings, fault: BaseException | None = None) -> RequestBackend:
+    from .api import ApiLlmBackend
+
+    if fault is not None and not isinstance(fault, LlmError):
+        fault = OutOfMemory(f"not enough memory for the local model: {fault}")
+    return ApiLlmBackend(settings, fallback_from=fault)
+
+
+def _sentence(exc: BaseException) -> str:
+    text = str(exc)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+class _LocalThenApi(RequestBackend):
+    """A local model, and the API for each call in which it fails before the first chunk was handed out."""
+
+    _FAULTS = (ModelError, EngineError, MemoryError)  # of the model, never of the request
+
+    def __init__(self, local: RequestBackend, settings: LlmSettings) -> None:
+        self._first = local
+        self._settings = settings
+
+    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """Answer on the local model, or on the API with the reason why."""
+        watched = on_chunk and _Watched(on_chunk)
+        try:
+            return self._first.generate(params, watched)
+        except self._FAULTS as exc:
+            with self._next(exc, watched) as api:
+                return api.generate(params, on_chunk)
+
+    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """`generate` for asyncio."""
+        watched = on_chunk and _Watched(on_chunk)
+        try:
+            return await self._first.agenerate(params, watched)
+        except self._FAULTS as exc:
+            with self._next(exc, watched) as api:
+                return await api.agenerate(params, on_chunk)
+
+    def embeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
+        """Embed on the local model, or on the API with the reason why."""
+        try:
+            return self._first.embeddings(texts, **options)
+        except self._FAULTS as exc:
+            with self._next(exc) as api:
+                return api.embeddings(texts, **options)
+
+    async def aembeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
+        """`embeddings` for asyncio."""
+        try:
+            return await self._first.aembeddings(texts, **options)
+        except self._FAULTS as exc:
+            with self._next(exc) as api:
+                return await api.aembeddings(texts, **options)
+
+    def _next(self, exc: BaseException, watched: _Watched | None = None) -> RequestBackend:
+        """Who answers after `exc`; raises it where nobody may."""
+        if isinstance(exc, EngineClosed) or (watched and watched.n_chunks):
+            raise exc
+        logger.warning("The local model could not answer: %s Falling back to API backend", _sentence(exc))
+        return _api(self._settings, exc)
+
+    def is_available(self) -> bool:
+        """Whether the local model is open."""
+        return self._first.is_available()
+
+    def close(self) -> None:
+        """Give the local model back."""
+        self._first.close()
+
+
+class _Watched:
+    """A chunk callback that counts what was handed out; no other backend starts over after that."""
+
+    def __init__(self, on_chunk: ChunkCallback) -> None:
+        self._on_chunk = on_chunk
+        self.n_chunks = 0
+
+    def __call__(self, chunk: str) -> object:
+        self.n_chunks += 1
+        return self._on_chunk(chunk)
+
+
+class BackendPool:
+    """Backends kept for as long as the pool is open: equal settings get the same one, so a model is loaded once.
+
+    Safe from any thread. A model file that appears or changes its place is noticed by the next `get`. `progress` hears
+    of each model that loads, from 0 to 1.
+    """
+
+    def __init__(self, progress: Callable[[float], object] | None = None) -> None:
+        self._progress = progress
+        self._backends: dict[tuple[LlmSettings, str | None, bool], RequestBackend] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def get(self, settings: LlmSettings, *, cli: Mapping[str, Any] | None = None) -> RequestBackend:
+        """The backend for `settings`, with its fallback during calls; `cli` holds `model_path` and `backend`.
+
+        Raises what `create_llm_backend` raises.
+        """
+        choice = _choose(settings, cli or {})
+        key = (settings, choice.path, choice.missing is None)
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("this BackendPool is closed; make a new one")
+            if key not in self._backends:
+                self._backends[key] = _open(choice, self._progress, each_call=True)
+            return self._backends[key]
+
+    def close(self) -> None:
+        """Close every backend. Closing twice is fine."""
+        with self._lock:
+            self._closed = True
+            backends = list(self._backends.values())
+            self._backends.clear()
+        for backend in backends:
+            backend.close()

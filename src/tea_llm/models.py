@@ -16,7 +16,7 @@ from typing import Any
 from .errors import ModelLoadError, ModelNotFound, SettingsError
 from .settings import LlmSettings, expand_path, home_directory
 
-__all__ = ["LongArray", "get_model_info", "read_metadata", "resolve_model_path"]
+__all__ = ["LongArray", "get_model_info", "packaged_model", "read_metadata", "resolve_model_path"]
 
 logger = logging.getLogger("tea_llm")
 
@@ -66,6 +66,11 @@ def resolve_model_path(
             return str(found)
     logger.warning("No local model found. Set TEA_MODEL_PATH or configure llm.model_path.")
     return None
+
+
+def packaged_model() -> str:
+    """The small model that comes with the package (`model: tiny`)."""
+    return str(Path(__file__).parent / "data" / "tea-tiny.gguf")
 
 
 def _settings_path(settings: Mapping[str, Any] | LlmSettings | None) -> str | os.PathLike[str] | None:

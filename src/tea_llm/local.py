@@ -1,0 +1,331 @@
+"""The local backend: a GGUF file answers, through llama.cpp, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .backend import RequestBackend
+from .chat import format_chat_prompt, message_text
+from .errors import BadRequest, EngineClosed, ExtensionMissing
+from .models import get_model_info
+from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message
+
+if TYPE_CHECKING:
+    from .engine import Embedded, EmbedRequest, Engine, EngineOptions, Generated, TextRequest
+
+__all__ = ["LocalLlmBackend"]
+
+logger = logging.getLogger("tea_llm")
+
+_OFF: Mapping[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "dry_multiplier": 0.0,
+    "dry_penalty_last_n": 0,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "mirostat": 0,
+}
+"""The value that switches a sampler off, for those where None says so; for the others None is the default."""
+
+_UNSUPPORTED = ("response_format", "tools", "tool_choice", "functions", "logprobs", "top_logprobs", "n")
+"""API parameters that change what the answer is, so that leaving them out in silence would be wrong."""
+
+_STOPS: Mapping[str | None, tuple[str, ...]] = {
+    "chatml": ("<|im_end|>",),
+    "gemma": ("<end_of_turn>",),
+    None: ("\nuser:",),
+}
+"""What ends an answer in a prompt that `format_chat_prompt` wrote, for models that have no token for it."""
+
+
+class LocalLlmBackend(RequestBackend):
+    """A GGUF model loaded into this process. Backends of the same file and options share one loaded model.
+
+    Safe to call from any thread and event loop: requests queue for the model. The model is freed when the last of its
+    backends is closed or collected.
+
+    `n_ctx` None is what the model was trained for, as far as memory allows; `n_threads` None is what pays for the
+    model's size; `n_gpu_layers` None or -1 is all. `chat_format` overrides the file's chat template ("chatml",
+    "gemma"). `progress` is called with the loaded fraction, 0 to 1; returning False cancels the load.
+
+    Raises ModelNotFound, ModelLoadError, ExtensionMissing (built without llama.cpp), MemoryError, Cancelled.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        chat_format: str | None = None,
+        *,
+        n_batch: int | None = None,
+        pooling: str | None = None,
+        embedding_model_path: str | os.PathLike[str] | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> None:
+        engine = _engine_room()
+        self.model_path = os.fspath(model_path)
+        self.chat_format = chat_format
+        self._options: EngineOptions = engine.EngineOptions(n_ctx, n_batch, n_threads, n_gpu_layers, pooling)
+        self._embedding_model_path = None if embedding_model_path is None else os.fspath(embedding_model_path)
+        self._progress = progress
+        self._engine: Engine | None = engine.open_engine(self.model_path, self._options, progress)
+        self._release = weakref.finalize(self, engine.release_engine, self._engine)
+        self._embedding: LocalLlmBackend | None = None  # opened by the first embedding that needs it
+
+    @property
+    def model(self) -> str:
+        """The name results carry: the file's stem."""
+        return Path(self.model_path).stem
+
+    @property
+    def n_ctx(self) -> int:
+        """The context length in use, in tokens."""
+        return self._open_engine().n_ctx
+
+    def is_available(self) -> bool:
+        """Whether the backend is open."""
+        return self._engine is not None
+
+    def close(self) -> None:
+        """Give the model back. Requests in flight end with Cancelled or EngineClosed if this was its last user."""
+        if self._embedding is not None:
+            self._embedding.close()
+        self._engine = None
+        self._release()
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """Answer `params` on the local model; see LlmBackend."""
+        answer = _Answer(self.model, on_chunk)
+        with self._open_engine().submit(self._text_request(params, on_chunk), timeout_s=params.timeout_s) as ticket:
+            for chunk in ticket:
+                if answer.take(chunk) is False:
+                    ticket.cancel()
+        return answer.result(ticket.outcome)
+
+    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """`generate` for asyncio; `on_chunk` may be a coroutine function."""
+        answer = _Answer(self.model, on_chunk)
+        loop = asyncio.get_running_loop()
+        request = self._text_request(params, on_chunk)
+        with self._open_engine().submit(request, timeout_s=params.timeout_s, loop=loop) as ticket:
+            async for chunk in ticket:
+                verdict = answer.take(chunk)
+                if (await verdict if inspect.isawaitable(verdict) else verdict) is False:
+                    answer.stop()
+                    ticket.cancel()
+        return answer.result(ticket.outcome)
+
+    def _text_request(self, params: LlmCallParams, on_chunk: ChunkCallback | None) -> TextRequest:
+        for name in _UNSUPPORTED:
+            if params.extra.get(name) is not None:
+                raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
+        if params.extra:
+            logger.debug("API parameters without a meaning for a local model: %s", ", ".join(params.extra))
+        prompt, stops = params.prompt, params.stops
+        if params.messages is not None:
+            prompt, chat_stops = self._chat_prompt(params.messages)
+            stops += chat_stops
+        return _engine_room().TextRequest(
+            prompt=prompt,
+            max_tokens=params.max_tokens,
+            stop=stops,
+            sampling=_sampling(params),
+            stream=on_chunk is not None,
+            truncate=params.truncate,
+        )
+
+    def _chat_prompt(self, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
+        """The prompt for `messages`, and what ends the answer where the model's own tokens may not."""
+        chat_format = self.chat_format
+        if chat_format is None:
+            model = self._open_engine().model
+            if model.chat_template is not None:
+                plain = [{**m, "content": message_text(m)} for m in messages]
+                return model.render_chat(plain), ()
+            chat_format = get_model_info(self.model_path)["chat_format"]
+        return format_chat_prompt(messages, chat_format), _STOPS[chat_format]
+
+    # --- embeddings ---------------------------------------------------------------------------------------------------
+    def embeddings(
+        self, texts: Sequence[str], *, model: str | None = None, normalize: bool = True, dimensions: int | None = None,
+        as_numpy: bool = False, truncate: bool = False, on_progress: Callable[[int], object] | None = None,
+        timeout_s: float | None = None, **options: Any,
+    ) -> LlmEmbedResult:  # fmt: skip
+        """One vector per text, computed in batches; `on_progress` is called with the number of texts done.
+
+        Raises ContextOverflow for a text that is longer than the model takes, unless `truncate`.
+        """
+        backend = self._embedding_backend()
+        request = _embed_request(texts, normalize, dimensions, truncate, on_progress)
+        with backend._open_engine().submit(request, timeout_s=timeout_s) as ticket:
+            for _ in ticket:
+                pass
+        return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
+
+    async def aembeddings(
+        self, texts: Sequence[str], *, model: str | None = None, normalize: bool = True, dimensions: int | None = None,
+        as_numpy: bool = False, truncate: bool = False, on_progress: Callable[[int], object] | None = None,
+        timeout_s: float | None = None, **options: Any,
+    ) -> LlmEmbedResult:  # fmt: skip
+        """`embeddings` for asyncio."""
+        backend = await asyncio.to_thread(self._embedding_backend)
+        request = _embed_request(texts, normalize, dimensions, truncate, on_progress)
+        loop = asyncio.get_running_loop()
+        with backend._open_engine().submit(request, timeout_s=timeout_s, loop=loop) as ticket:
+            async for _ in ticket:
+                pass
+        return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
+
+    def _embedding_backend(self) -> LocalLlmBackend:
+        if self._embedding_model_path is None:
+            return self
+        self._open_engine()
+        if self._embedding is None:
+            options = self._options
+            self._embedding = LocalLlmBackend(
+                self._embedding_model_path,
+                n_threads=options.n_threads,
+                n_gpu_layers=options.n_gpu_layers,
+                pooling=options.pooling,
+                progress=self._progress,
+            )
+        return self._embedding
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineClosed(f"the backend of {self.model_path} is closed; make a new one")
+        return self._engine
+
+    def __repr__(self) -> str:
+        return f"LocalLlmBackend({self.model_path!r})"
+
+
+class _Answer:
+    """The text so far, and who is told of it."""
+
+    def __init__(self, model: str, on_chunk: ChunkCallback | None) -> None:
+        self._model = model
+        self._on_chunk = on_chunk
+        self._chunks: list[str] = []
+        self._stopped = False
+
+    def take(self, chunk: str) -> object:
+        """Keep a chunk and hand it on. False once the callback has said so; an awaitable from a coroutine function."""
+        if self._stopped:
+            return None
+        self._chunks.append(chunk)
+        verdict = self._on_chunk(chunk) if self._on_chunk else None
+        if verdict is False:
+            self._stopped = True
+        return verdict
+
+    def stop(self) -> None:
+        """Take no more chunks."""
+        self._stopped = True
+
+    def result(self, outcome: Generated) -> LlmCallResult:
+        """The whole answer."""
+        return LlmCallResult(
+            content="".join(self._chunks),
+            model=self._model,
+            tokens_used=outcome.usage.total_tokens,
+            finish_reason="cancelled" if self._stopped else outcome.finish_reason,
+            usage=outcome.usage,
+            backend="local",
+            timings=outcome.timings,
+        )
+
+
+def _engine_room() -> Any:
+    """The engine module, loaded by the first local model and not by `import tea_llm`."""
+    try:
+        from . import engine
+    except ImportError as exc:
+        raise ExtensionMissing(
+            "this tea_llm can't run local models: it was built without llama.cpp (-C wheel.cmake=false), or its "
+            f"extension does not load here ({exc}); install it again with llama.cpp, or use backend: api"
+        ) from exc
+    return engine
+
+
+def _sampling(params: LlmCallParams) -> dict[str, Any]:
+    """Keyword arguments of `_llama.Sampler`."""
+    sampling: dict[str, Any] = {"temperature": params.temperature, "grammar": params.grammar}
+    for name, value in params.given().items():
+        if value is not None:
+            sampling[name] = value
+        elif name in _OFF:
+            sampling[name] = _OFF[name]
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = {_token_id(k): float(v) for k, v in sampling["logit_bias"].items()}
+    return sampling
+
+
+def _token_id(key: int | str) -> int:
+    try:
+        return int(key)
+    except ValueError as exc:
+        raise BadRequest(f"logit_bias has the key {key!r}; give token ids of the local model") from exc
+
+
+def _embed_request(
+    texts: Sequence[str], normalize: bool, dimensions: int | None, truncate: bool,
+    on_progress: Callable[[int], object] | None,
+) -> EmbedRequest:  # fmt: skip
+    if dimensions is not None and dimensions < 1:
+        raise BadRequest(f"dimensions is {dimensions}; give at least 1, or None for all")
+    # A vector that is to be cut is normalised after the cut.
+    request: EmbedRequest = _engine_room().EmbedRequest(
+        tuple(texts), normalize=normalize and dimensions is None, truncate=truncate, on_progress=on_progress
+    )
+    return request
+
+
+def _embed_result(
+    outcome: Embedded, model: str, normalize: bool, dimensions: int | None, as_numpy: bool
+) -> LlmEmbedResult:
+    n_embd = outcome.n_embd
+    if dimensions is not None and dimensions > n_embd:
+        raise BadRequest(f"dimensions is {dimensions}, but the vectors of {model} have {n_embd}; give at most that")
+    if not outcome.vectors:
+        rows: Any = memoryview(b"").cast("f")
+        vectors: Any = []
+    else:
+        rows = memoryview(outcome.vectors).cast("f", (len(outcome.vectors) // (4 * n_embd), n_embd))
+        vectors = rows
+    if as_numpy:
+        import numpy as np
+
+        vectors = np.array(rows, np.float32).reshape(-1, n_embd)
+        if dimensions is not None:
+            vectors = vectors[:, :dimensions]
+            if normalize:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    elif outcome.vectors:
+        vectors = rows.tolist()
+        if dimensions is not None:
+            vectors = [_cut(vector, dimensions, normalize) for vector in vectors]
+    return LlmEmbedResult(vectors, model, usage=outcome.usage, backend="local")
+
+
+def _cut(vector: list[float], dimensions: int, normalize: bool) -> list[float]:
+    cut = vector[:dimensions]
+    norm = sum(x * x for x in cut) ** 0.5
+    return [x / norm for x in cut] if normalize and norm else cut
