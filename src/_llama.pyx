@@ -42,16 +42,16 @@ install()
 llama_backend_init()
 
 _logger = logging.getLogger("tea_llm.llama")
-_PYTHON_LEVEL = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+
+# llama.cpp's warnings are hints for its developers, and its errors are told by the exception that follows them: neither
+# may reach a user's stderr by itself, where logging was never set up.
+_PYTHON_LEVEL = {2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}
 
 
 cdef void _listen():
     """Before a call: forget the last call's words, and keep the log lines that logging wants."""
     take_last_words()
-    cdef int level = 4
-    while level > 1 and _logger.isEnabledFor(_PYTHON_LEVEL[level - 1]):
-        level -= 1
-    set_log_level(level)
+    set_log_level(2 if _logger.isEnabledFor(logging.DEBUG) else 3 if _logger.isEnabledFor(logging.INFO) else 5)
 
 
 cdef str _last_words():
@@ -60,8 +60,7 @@ cdef str _last_words():
     while take_log_line(line):
         text = line.text.decode("utf-8", "replace").rstrip()
         if text:
-            # llama.cpp's errors are told by the exception that follows them
-            _logger.log(_PYTHON_LEVEL.get(min(line.level, 3), logging.DEBUG), "%s", text)
+            _logger.log(_PYTHON_LEVEL.get(line.level, logging.DEBUG), "%s", text)
     return take_last_words().decode("utf-8", "replace") or "llama.cpp gave no reason"
 
 
@@ -497,6 +496,8 @@ cdef class Context:
             raise errors.EngineError(
                 f"no context of {params.n_ctx} tokens for {model.path} could be made: {words}; try a smaller n_ctx")
         self._ctx = ctx
+        if not embeddings and (llama_get_memory(ctx) == NULL or model.has_encoder):
+            raise errors.ModelError(f"{model.path} is an encoder ({model.description}): it embeds, and can't write text")
         self.n_ctx = llama_n_ctx(ctx)
         self.n_batch = llama_n_batch(ctx)
         thread_params = ggml_threadpool_params_default(n_threads)
@@ -515,7 +516,8 @@ cdef class Context:
             with nogil:
                 llama_detach_threadpool(self._ctx)
                 llama_free(self._ctx)
-                ggml_threadpool_free(self._threads)
+                if self._threads != NULL:
+                    ggml_threadpool_free(self._threads)
         self._ctx = NULL
         self._threads = NULL
 
@@ -809,6 +811,8 @@ cdef class Generation:
     cdef readonly int n_generated
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=()):
+        if context.embeddings:
+            raise errors.BadRequest("this Context computes embeddings; make one without embeddings=True")
         if sampler.model is not context.model:
             raise errors.BadRequest("the Sampler was made for another Model than the Context")
         context._check()
