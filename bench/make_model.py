@@ -118,15 +118,20 @@ def _copy_tokenizer(writer: Any, vocabulary: Any) -> int:
     return n_tokens
 
 
-def with_context_length(source: Path, target: Path, n_ctx: int) -> None:
-    """Copy a model, saying that it was trained for `n_ctx` tokens; several subjects refuse to go beyond that."""
+def endless_copy(source: Path, target: Path, n_ctx: int) -> None:
+    """Copy a TinyStories model so that every subject generates as many tokens as it is asked for.
+
+    The copy says that it was trained for `n_ctx` tokens: some subjects refuse to go beyond that. And its BOS is token
+    0, which it never generates: it ends a story with token 1, its old BOS, where tea_llm stops and the peers go on.
+    """
     from gguf import GGUFReader
 
     shutil.copyfile(source, target)
     reader = GGUFReader(target, "r+")
     architecture = reader.fields["general.architecture"].contents()
-    length = reader.fields[f"{architecture}.context_length"]
-    length.parts[length.data[0]][0] = n_ctx
+    for key, value in ((f"{architecture}.context_length", n_ctx), ("tokenizer.ggml.bos_token_id", 0)):
+        entry = reader.fields[key]
+        entry.parts[entry.data[0]][0] = value
     reader.data.flush()
 
 

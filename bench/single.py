@@ -4,8 +4,8 @@
 
 --large is the model of bench/make_model.py: prompt processing (512 tokens) and generation (128 tokens, greedy and with
 the default sampler chain). --small is a model so small that overhead is all there is: 512 tokens streamed or not,
-greedy or sampled, and 2,000 tokens streamed; it is copied with a longer context in its metadata, since it was trained
-for 512.
+greedy or sampled, and 2,000 tokens streamed; a copy of it is used that neither ends nor stops at the 512 tokens that it
+was trained for.
 
 How each figure is taken, the same way for every subject:
   prompt      the prompt's tokens, over the seconds of a whole call that generates one token
@@ -26,7 +26,7 @@ from typing import Any
 
 import race
 from adapter import Call, Request
-from make_model import with_context_length
+from make_model import endless_copy
 
 N_PROMPT, N_GEN, N_SMALL, N_LONG = 512, 128, 512, 2000
 SMALL_CONTEXT = 4096
@@ -160,9 +160,9 @@ def main() -> int:
         figures += LARGE_FIGURES
     if args.small is not None:
         with tempfile.TemporaryDirectory() as folder:
-            longer = Path(folder) / args.small.name
-            with_context_length(args.small, longer, SMALL_CONTEXT)
-            race_small(contest, args, longer)
+            endless = Path(folder) / args.small.name
+            endless_copy(args.small, endless, SMALL_CONTEXT)
+            race_small(contest, args, endless)
         figures += SMALL_FIGURES
     return contest.report("single", figures, rounds=args.rounds, large=_name(args.large), small=_name(args.small))
 
