@@ -142,7 +142,7 @@ class LocalLlmBackend(RequestBackend):
         if params.messages is not None:
             prompt, chat_stops = self._chat_prompt(params.messages)
             stops += chat_stops
-        return _engine_room().TextRequest(
+        request: TextRequest = _engine_room().TextRequest(
             prompt=prompt,
             max_tokens=params.max_tokens,
             stop=stops,
@@ -150,6 +150,7 @@ class LocalLlmBackend(RequestBackend):
             stream=on_chunk is not None,
             truncate=params.truncate,
         )
+        return request
 
     def _chat_prompt(self, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
         """The prompt for `messages`, and what ends the answer where the model's own tokens may not."""
