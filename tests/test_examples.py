@@ -29,8 +29,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServe
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     with ApiServer() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
-        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.address)
+        monkeypatch.setenv("AZURE_OPENAI_API_KEY", "k")
+        monkeypatch.setenv("AZURE_OPENAI_DEPLOYMENT", "served-1")  # so that nobody asks for a list of models
         yield server
 
 
