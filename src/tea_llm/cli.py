@@ -10,21 +10,21 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from tqdm import tqdm
 
 from .actions import ActionFunction, __tea_actions__, register_actions
 from .backend import BackendPool
 from .errors import LlmError, SettingsError, WorkflowError
 from .models import get_model_info, resolve_model_path
 from .settings import LlmSettings, expand_path, missing_credentials, resolve_api
-from .workflow import run_workflow
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["main"]
 
@@ -173,6 +173,8 @@ def _add(
 
 
 def _run(args: argparse.Namespace) -> int:
+    from .workflow import run_workflow  # here, since no other command needs YAML and Jinja2
+
     given = _input(args.input)
     with _loading() as progress:
         state = run_workflow(args.file, given, gguf=args.gguf, backend=args.backend, progress=progress)
@@ -203,7 +205,7 @@ def _embed(args: argparse.Namespace) -> int:
     options = {"model": args.model, "dimensions": args.dimensions, "normalize": not args.no_normalize}
     answer: dict[str, Any] = {}
     with _actions(args) as actions:
-        for batch in tqdm(_batches(texts), unit="batch", disable=not sys.stderr.isatty() or len(texts) <= _EMBED_BATCH):
+        for batch in _with_bar(_batches(texts)):
             part = _checked(actions["llm.embed"](state={}, text=batch, **options))
             answer = _joined(answer, part) if answer else part
     if len(texts) == 1:
@@ -323,6 +325,15 @@ def _batches(texts: list[str]) -> list[list[str]]:
     return [texts[i : i + _EMBED_BATCH] for i in range(0, len(texts), _EMBED_BATCH)]
 
 
+def _with_bar(batches: list[list[str]]) -> Iterable[list[str]]:
+    """The batches; on a terminal, with a bar that says how many are done."""
+    if len(batches) == 1 or not sys.stderr.isatty():
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, unit="batch")
+
+
 def _joined(answer: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """Two batches as one answer. Raises _FailedError where two models gave them: such vectors don't compare."""
     if (part["model"], part["dimensions"]) != (answer["model"], answer["dimensions"]):
@@ -393,6 +404,8 @@ def _loading() -> Iterator[Callable[[float], object] | None]:
 
     def show(fraction: float) -> None:
         nonlocal bar
+        from tqdm import tqdm
+
         if bar is None and fraction < 1 and time.monotonic() - started > _BAR_AFTER_S:
             bar = tqdm(total=100, desc="loading", unit="%", leave=False, bar_format="{desc} {percentage:3.0f}% |{bar}|")
         if bar is not None:
