@@ -128,6 +128,7 @@ class ApiServer(ThreadingHTTPServer):
         self.seen: list[Seen] = []
         self.replies: list[Reply] = [chat()]
         self.n_connections = 0
+        self.n_closed = 0
         self._lock = threading.Lock()
 
     @property
@@ -149,6 +150,18 @@ class ApiServer(ThreadingHTTPServer):
         """One more connection."""
         self.n_connections += 1
         return super().get_request()
+
+    def close_request(self, request: Any) -> None:
+        """One less."""
+        super().close_request(request)
+        self.n_closed += 1
+
+    def all_closed(self) -> bool:
+        """Whether every connection ends within two seconds."""
+        ends_at = time.monotonic() + 2
+        while self.n_closed < self.n_connections and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        return self.n_closed == self.n_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing when the client left early, as some tests do."""

@@ -360,6 +360,14 @@ def test_a_stream_that_breaks_says_so_and_keeps_its_text(
     assert caught.value.attempts == len(server.seen) == 1  # nothing is retried once a chunk was handed out
 
 
+def test_an_error_event_is_told_in_the_servers_words(
+    server: ApiServer, backend: ApiLlmBackend, generate: Generate
+) -> None:
+    server.replies = [stream(sse(delta("Hel"), done=False) + b'event: error\ndata: {"message": "overloaded"}\n\n')]
+    with pytest.raises(ApiResponseError, match=r"answered with an error.*overloaded"):
+        generate(backend, HELLO, lambda chunk: None)
+
+
 def test_a_stream_cut_before_any_text_is_asked_for_again(
     server: ApiServer, open_backend: Callable[..., ApiLlmBackend], generate: Generate
 ) -> None:
@@ -389,6 +397,7 @@ def test_returning_false_ends_the_stream(server: ApiServer, backend: ApiLlmBacke
     result = generate(backend, HELLO, take_one)
     assert chunks == ["one"]
     assert (result.content, result.finish_reason) == ("one", "cancelled")
+    assert server.all_closed()  # and the server need not go on
 
 
 def test_what_a_callback_raises_reaches_the_caller(
@@ -757,8 +766,9 @@ def test_a_closed_backend_stays_closed(server: ApiServer, backend: ApiLlmBackend
 
 
 def test_close_ends_a_call_that_waits_for_its_retry(
-    server: ApiServer, backend: ApiLlmBackend, generate: Generate
+    server: ApiServer, open_backend: Callable[..., ApiLlmBackend], generate: Generate
 ) -> None:
+    backend = open_backend(server.base, fallback_from=ModelNotFound("not the cause of this"))
     server.replies = [failure(503)]
     asked = dataclasses.replace(HELLO, extra={"max_retries": 9, "base_delay": 0.3})
     closing = threading.Timer(0.1, backend.close)
@@ -810,11 +820,15 @@ def test_close_leaves_no_open_socket(server: ApiServer, how: str, recwarn: pytes
             backend.close()
         elif how == "from another thread":
             await asyncio.to_thread(backend.close)
+        if backend._clients.closed:
+            assert await asyncio.to_thread(server.all_closed)
 
     with asyncio.Runner() as runner:
         runner.run(use())
         if how == "between runs of the loop":
             backend.close()
+            assert server.all_closed()
+    assert server.all_closed()
     backend.close()
     gc.collect()
     assert [str(warning.message) for warning in recwarn] == []
@@ -830,6 +844,7 @@ def test_a_cancelled_task_gives_its_connection_back(server: ApiServer, backend: 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert await asyncio.to_thread(server.all_closed)
         return (await backend.acall(HELLO)).content
 
     assert asyncio.run(use()) == "after"
