@@ -303,6 +303,13 @@ def test_an_http_error_says_its_status_and_attempts(server: ApiServer, actions: 
     assert "bad field" in result["error"]
 
 
+def test_a_model_file_that_is_not_there_is_said_so_first() -> None:
+    for said in ({"provider": "local"}, {"provider": "local", "model": "/no/such.gguf"}, {"backend": "local"}):
+        result = _actions()["llm.call"](state={}, prompt="a", **said)
+        assert result["error"].startswith("No local model found")
+        assert "OPENAI_API_KEY" in result["error"]
+
+
 def test_a_fault_of_the_backend_is_an_error_result(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Parrot):
         def call(self, params: LlmCallParams) -> LlmCallResult:
@@ -380,6 +387,13 @@ def test_embedding_a_text_gives_its_vector(server: ApiServer, actions: Actions) 
     assert (result["dimensions"], result["model"], result["backend"], result["tokens_used"]) == (2, "emb-1", "api", 2)
     assert "embeddings" not in result
     assert server.seen[-1].body["model"] == "emb-1"
+
+
+def test_embedding_passes_unknown_parameters_on_and_retries(server: ApiServer, actions: Actions) -> None:
+    server.replies = [failure(503), json_reply(VECTORS)]
+    result = actions["llm.embed"](state={}, text="a", user="u", n_ctx=5, node="n", max_retries=1, base_delay=0.01)
+    assert result["attempts"] == 2
+    assert set(server.seen[-1].body) == {"model", "input", "encoding_format", "user"}
 
 
 def test_embedding_without_normalising_leaves_the_length(server: ApiServer, actions: Actions) -> None:

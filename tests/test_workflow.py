@@ -318,6 +318,13 @@ def test_branches_do_not_see_each_others_changes() -> None:
     assert run({"nodes": nodes, "edges": FORK}, {"xs": []}) == {"xs": [], "seen": [[1], [1]]}
 
 
+def test_what_can_not_be_copied_is_shared_by_the_branches() -> None:
+    lock = threading.Lock()
+    nodes = [{"name": "s", "uses": "lock"}, {"name": "a", "run": "return {'same': state['lock']}"}, {"name": "b"},
+             {"name": "j", "run": "return {'same': parallel_results[0]['same'] is state['lock']}"}]  # fmt: skip
+    assert run({"nodes": nodes, "edges": FORK}, actions={"lock": lambda state: {"lock": lock}})["same"] is True
+
+
 def test_a_branch_may_have_several_nodes_and_forks_of_its_own() -> None:
     edges = [
         {"from": "__start__", "to": "a", "type": "parallel", "fan_in": "j"},
@@ -389,6 +396,11 @@ def test_a_backend_of_ones_own_is_not_closed() -> None:
     parrot = Parrot()
     run({"nodes": [{"name": "a", "uses": "llm.embed", "with": {"text": "abc"}}]}, backend=parrot)
     assert not parrot.closed
+
+
+def test_a_backend_name_that_is_none_is_refused() -> None:
+    with pytest.raises(SettingsError, match="'cloud'"):
+        run_workflow({"nodes": [{"name": "a"}]}, backend="cloud")
 
 
 def test_an_input_that_is_no_mapping_is_refused() -> None:

@@ -116,27 +116,37 @@ class Ask:
     @property
     def backend(self) -> LlmBackend:
         """Who answers."""
-        return self.room.backend(self.settings)
+        of_all_calls = dataclasses.replace(self.settings, temperature=None, max_tokens=None)  # each request has them
+        return self.room.backend(of_all_calls)
+
+    @property
+    def model(self) -> str | None:
+        """The model name that the node gave, unless it is a file to load."""
+        model = self.said.get("model")
+        return None if _is_model_file(model, self.settings) else model
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What no one here knows, for the body of an API call, and how often to retry one."""
+        known = _PARAM_FIELDS | _SETTINGS_FIELDS
+        unknown = {name: value for name, value in self.more.items() if name not in known and value is not None}
+        return unknown | {name: self.said[name] for name in _RETRY_FIELDS if name in self.said}
 
     def params(self, *, messages: Sequence[Message] | None = None, **extra: Any) -> LlmCallParams:
-        """The request; `extra` goes into the body of an API call along with what no one here knows."""
+        """The request; `extra` goes into the body of an API call."""
         fields = {name: value for name, value in self.more.items() if name in _PARAM_FIELDS}
-        for name, value in self.more.items():
-            if name not in _PARAM_FIELDS and name not in _SETTINGS_FIELDS and value is not None:
-                extra.setdefault(name, value)
-        extra.update({name: self.said[name] for name in _RETRY_FIELDS if name in self.said})
         prompt = self.values["prompt"]
         if messages is None:
             messages = self.messages()
         return LlmCallParams(
             prompt="" if prompt is None else str(prompt) if isinstance(prompt, (int, float)) else prompt,
             messages=messages,
-            model=None if _is_model_file(self.said.get("model"), self.settings) else self.said.get("model"),
+            model=self.model,
             max_tokens=self.values["max_tokens"],
             temperature=self.values["temperature"],
             stop=self.values["stop"],
             timeout_s=self.said.get("timeout"),
-            extra=extra,
+            extra={**self.further, **extra},
             **fields,
         )
 
@@ -212,8 +222,9 @@ def _vectors(ask: Ask, texts: list[str]) -> LlmEmbedResult:
     backend, options = ask.backend, {"normalize": ask.values["normalize"], "dimensions": ask.values["dimensions"]}
     if not isinstance(backend, RequestBackend):
         return LlmEmbedResult(backend.embed(texts, **options), model=type(backend).__name__)
-    options["model"] = None if _is_model_file(ask.said.get("model"), ask.settings) else ask.said.get("model")
-    return backend.embeddings(texts, **options)
+    said = {"timeout_s": ask.said.get("timeout"), "truncate": ask.more.get("truncate")}
+    options |= {name: value for name, value in said.items() if value is not None}
+    return backend.embeddings(texts, model=ask.model, **options, **ask.further)
 
 
 def _tools(ask: Ask) -> dict[str, Any]:

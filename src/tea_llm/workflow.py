@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias
 from .actions import ActionFunction, register_actions
 from .backend import BackendPool, LlmBackend
 from .errors import LlmError, WorkflowError
+from .settings import LlmSettings
 from .template import holds, render
 from .workflow_file import CODE_NAME, END, START, Node, Route, Workflow, kind_of, load_workflow
 
@@ -66,7 +68,8 @@ def run_workflow(
     called as `action(state=…, **parameters)`. `on_event` hears of each node's start and end, from the thread that runs
     it; `progress` of a model that loads, 0 to 1.
 
-    Raises WorkflowError for a file that can't run (before anything runs) and for a node that failed, with its name.
+    Raises WorkflowError for a file that can't run (before anything runs) and for a node that failed, with its name;
+    SettingsError for `settings.llm` or `backend`.
     """
     known: dict[str, ActionFunction] = {}
     register_actions(known)
@@ -77,6 +80,8 @@ def run_workflow(
     variables = render(checked.variables, scope)
     state = {**render(checked.initial_state, {**scope, "variables": variables}), **copy.deepcopy(dict(input or {}))}
     own = backend if isinstance(backend, LlmBackend) else None
+    if backend is not None and own is None:
+        LlmSettings(backend=str(backend))  # raises for a name that is none
     overrides = {"model_path": os.fspath(gguf) if gguf else None, "backend": None if own else backend}
     pool = BackendPool(progress=progress)
     engine = _Engine(
@@ -147,13 +152,17 @@ class _Run:
         """What each branch gave, in the order of the edges: its state's keys, with `branch`, `success` and `state`."""
 
         def run(route: Route) -> dict[str, Any]:
-            own = self._walk(route.target, copy.deepcopy(state), result, None, fan_in)
+            own = self._walk(route.target, _copied(state), result, None, fan_in)
             return {**own, "branch": route.target, "success": True, "state": own}
 
         if not routes:
             return []
-        with ThreadPoolExecutor(len(routes), thread_name_prefix="tea-llm-branch") as threads:
+        threads = ThreadPoolExecutor(len(routes), thread_name_prefix="tea-llm-branch")
+        try:
             return [future.result() for future in [threads.submit(run, route) for route in routes]]
+        finally:
+            # Ctrl-C doesn't wait for the branches: closing the backends, which follows, ends what they are at.
+            threads.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
     def _run(self, node: Node, state: dict[str, Any], previous: Any) -> tuple[Any, Mapping[str, Any]]:
         """The result of a node, and what it changes in the state. Raises WorkflowError with the node's name."""
@@ -219,6 +228,19 @@ class _Run:
         logger.debug("Node %(node)s: %(event)s", event)
         if self._on_event is not None:
             self._on_event(event)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The state, deep enough that a branch changes nothing outside. What can't be copied is shared."""
+    memo: dict[int, Any] = {}
+    copied: dict[str, Any] = {}
+    for key, value in state.items():
+        try:
+            copied[key] = copy.deepcopy(value, memo)
+        except Exception as exc:  # noqa: BLE001  anybody's objects; a lock or a connection, for one
+            logger.debug("Branches share state[%r]: %s", key, exc)
+            copied[key] = value
+    return copied
 
 
 def _picked(value: Any, result: Any, scope: Mapping[str, Any]) -> Any:
