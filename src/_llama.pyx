@@ -222,6 +222,8 @@ cdef class Model:
     def n_head_kv(self) -> int:
         """Number of key/value heads of the first layer."""
         self._check()
+        if llama_model_n_layer(self._model) == 0:  # llama.cpp aborts
+            return 0
         return llama_model_n_head_kv(self._model)
 
     @property
@@ -298,18 +300,16 @@ cdef class Model:
         self._check()
         return llama_vocab_get_add_bos(self._vocab)
 
-    def is_eog(self, int token) -> bool:
+    def is_eog(self, token) -> bool:
         """Whether `token` ends a generation. So does BOS: it begins another document."""
-        self._check_tokens([token])
-        return self._ends(token)
+        return self._ends(self._check_tokens([token])[0])
 
     cdef bint _ends(self, llama_token token) noexcept nogil:
         return llama_vocab_is_eog(self._vocab, token) or token == llama_vocab_bos(self._vocab)
 
-    def is_control(self, int token) -> bool:
+    def is_control(self, token) -> bool:
         """Whether `token` is a control token, which has no text of its own."""
-        self._check_tokens([token])
-        return llama_vocab_is_control(self._vocab, token)
+        return llama_vocab_is_control(self._vocab, self._check_tokens([token])[0])
 
     def tokenize(self, str text, *, bint add_special=True, bint parse_special=False) -> list:
         """The tokens of `text`. `add_special` adds BOS/EOS as the model wants; `parse_special` reads control tokens.
@@ -322,11 +322,7 @@ cdef class Model:
         return [tokens[i] for i in range(tokens.size())]
 
     cdef int _tokenize(self, str text, bint add_special, bint parse_special, vector[llama_token]& out) except -1:
-        cdef bytes encoded
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError as exc:
-            raise errors.BadRequest(f"the text is not valid Unicode and can't be tokenized: {exc}") from exc
+        cdef bytes encoded = _utf8(text, "the text")
         if len(encoded) > 2**31 - 64:
             raise errors.BadRequest(f"the text has {len(encoded)} bytes; llama.cpp takes less than 2 GiB at once")
         cdef const char* c_text = encoded
@@ -357,11 +353,11 @@ cdef class Model:
                                unparse_special)
         return PyUnicode_DecodeUTF8(text.data(), n, "replace")
 
-    def piece(self, int token, *, bint special=False) -> bytes:
+    def piece(self, token, *, bint special=False) -> bytes:
         """The bytes of one token, which need not be whole characters. `special` writes control tokens out."""
-        self._check_tokens([token])
+        cdef llama_token checked = self._check_tokens([token])[0]
         cdef string piece
-        self._piece(token, special, piece)
+        self._piece(checked, special, piece)
         return piece
 
     cdef int _piece(self, llama_token token, bint special, string& out) except -1 nogil:
@@ -381,14 +377,24 @@ cdef class Model:
         cdef int64_t token
         ids.reserve(len(tokens))
         for value in tokens:
-            token = value
+            try:
+                token = value
+            except OverflowError:
+                token = -1
             if not 0 <= token < self.n_vocab:
-                raise errors.BadRequest(f"token {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
+                raise errors.BadRequest(f"token {value} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
             ids.push_back(<llama_token>token)
         return ids
 
     def __repr__(self):
         return f"Model({self.path!r})"
+
+
+cdef bytes _utf8(str text, str what):
+    try:
+        return text.encode()
+    except UnicodeEncodeError as exc:
+        raise errors.BadRequest(f"{what} is not valid Unicode: {exc}") from exc
 
 
 cdef bytes _path_bytes(str path):
@@ -432,6 +438,9 @@ _POOLING = {
 }
 
 
+_POOLS_TO_ONE_VECTOR = (LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_CLS, LLAMA_POOLING_TYPE_LAST)
+
+
 cdef bool _is_cancelled(void* flag) noexcept nogil:
     return (<atomic[bool]*>flag).load()
 
@@ -454,7 +463,9 @@ cdef class Context:
     cdef bint _poisoned
     cdef readonly int n_ctx
     cdef readonly int n_batch
+    cdef readonly int n_seq_max
     cdef readonly int n_threads
+    cdef int64_t _n_generations      # the last of them owns the KV cache
     cdef readonly bint embeddings
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
@@ -462,6 +473,8 @@ cdef class Context:
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
+        if llama_model_n_layer(model._model) == 0:
+            raise errors.BadRequest(f"{model.path} was loaded with vocab_only; load it whole to compute with it")
         for name, value, low, high in (
             ("n_ctx", n_ctx, 0, 2**30), ("n_batch", n_batch, 1, 2**20), ("n_ubatch", n_ubatch, 0, n_batch),
             ("n_seq_max", n_seq_max, 1, 256), ("n_threads", n_threads, 1, 512),
@@ -473,6 +486,7 @@ cdef class Context:
                 f"pooling is {pooling!r}; choose one of {', '.join(repr(p) for p in _POOLING if p)}, or None")
         self.model = model
         self.embeddings = embeddings
+        self.n_seq_max = n_seq_max
         self.n_threads = n_threads
         cdef llama_context_params params = llama_context_default_params()
         params.n_ctx = n_ctx or max(model.n_ctx_train, 8)
@@ -498,6 +512,9 @@ cdef class Context:
         self._ctx = ctx
         if not embeddings and (llama_get_memory(ctx) == NULL or model.has_encoder):
             raise errors.ModelError(f"{model.path} is an encoder ({model.description}): it embeds, and can't write text")
+        if embeddings and llama_get_pooling_type(ctx) not in _POOLS_TO_ONE_VECTOR:
+            raise errors.BadRequest(
+                f"pooling {self.pooling!r} does not make one vector of a text; choose 'mean', 'cls' or 'last'")
         self.n_ctx = llama_n_ctx(ctx)
         self.n_batch = llama_n_batch(ctx)
         thread_params = ggml_threadpool_params_default(n_threads)
@@ -591,9 +608,13 @@ cdef class Context:
         cdef vector[llama_seq_id] seq
         cdef vector[llama_seq_id*] seq_ptr
         cdef vector[int8_t] outputs
-        cdef int32_t i, j, n_texts = len(texts), n_embd = self.model.n_embd, rc
+        cdef int32_t i, j, n_texts = len(texts), n_embd, rc
+        self._check()
+        n_embd = self.model.n_embd
         if not self.embeddings:
             raise errors.BadRequest("this Context computes text; make one with embeddings=True")
+        if n_texts > self.n_seq_max:
+            raise errors.BadRequest(f"{n_texts} texts do not fit into a batch of {self.n_seq_max}; raise n_seq_max")
         for i, text in enumerate(texts):
             ids = self.model._check_tokens(text)
             if ids.empty():
@@ -634,7 +655,7 @@ cdef class Context:
                     rc = encode(self._ctx, batch)
                 if rc == 0:
                     rc = _copy_vectors(self._ctx, vectors, n_texts, n_embd, normalize)
-        except errors.EngineFault:
+        except (errors.EngineFault, MemoryError):
             self._poisoned = True
             raise
         finally:
@@ -648,7 +669,7 @@ cdef class Context:
 
     def __repr__(self):
         state = "closed" if self._ctx == NULL else f"n_ctx={self.n_ctx}"
-        return f"Context({self.model.path!r}, {state})"
+        return f"Context({None if self.model is None else self.model.path!r}, {state})"
 
 
 cdef int _copy_vectors(llama_context* ctx, float* out, int32_t n_texts, int32_t n_embd, bint normalize) noexcept nogil:
@@ -686,11 +707,12 @@ cdef class Sampler:
     cdef Chain _chain
     cdef readonly uint32_t seed
     cdef int32_t _n_lookback
+    cdef atomic[bool] _busy
 
     def __init__(self, Model model not None, *, float temperature=0.8, int top_k=40, float top_p=0.95,
                  float min_p=0.05, float typical_p=1.0, float top_n_sigma=-1.0, float xtc_probability=0.0,
                  float xtc_threshold=0.1, float dry_multiplier=0.0, float dry_base=1.75, int dry_allowed_length=2,
-                 int dry_penalty_last_n=-1, dry_sequence_breakers=("\n", ":", '"', "*"), float repeat_penalty=1.0,
+                 int dry_penalty_last_n=64, dry_sequence_breakers=("\n", ":", '"', "*"), float repeat_penalty=1.0,
                  int repeat_last_n=64, float frequency_penalty=0.0, float presence_penalty=0.0, int mirostat=0,
                  float mirostat_tau=5.0, float mirostat_eta=0.1, logit_bias=None, grammar=None, seed=None):
         if self._chain.samplers != NULL:
@@ -707,12 +729,12 @@ cdef class Sampler:
             self._chain.bias.push_back(bias)
         if grammar is not None:
             self._add(self._grammar(grammar))
-        if repeat_last_n < 0:
+        if not 0 <= repeat_last_n < n_ctx:
             repeat_last_n = n_ctx
         if repeat_last_n and (repeat_penalty != 1 or frequency_penalty or presence_penalty):
             self._add_lookback(repeat_last_n, llama_sampler_init_penalties(
                 model.n_vocab, repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty))
-        if dry_penalty_last_n < 0:
+        if not 0 <= dry_penalty_last_n < n_ctx:
             dry_penalty_last_n = n_ctx
         if dry_multiplier and dry_penalty_last_n:
             self._add_lookback(dry_penalty_last_n, self._dry(
@@ -757,20 +779,25 @@ cdef class Sampler:
         self._n_lookback = max(self._n_lookback, n)
 
     cdef llama_sampler* _grammar(self, str grammar) except NULL:
-        cdef bytes encoded = grammar.encode()
+        if "\0" in grammar:
+            raise errors.GrammarError("the grammar holds a NUL character; write it as \\x00")
+        cdef bytes encoded = _utf8(grammar, "the grammar")
         cdef const char* c_grammar = encoded
+        cdef llama_sampler* sampler = NULL
         _listen()
-        cdef llama_sampler* sampler
-        with nogil:
-            sampler = new_grammar(self.model._vocab, c_grammar, b"root")
-        words = _last_words()
+        try:
+            with nogil:
+                sampler = new_grammar(self.model._vocab, c_grammar, b"root")
+            words = _last_words()
+        except errors.EngineFault as exc:
+            words = str(exc)
         if sampler == NULL:
             raise errors.GrammarError(
                 f"the grammar could not be parsed: {words}; it must be GBNF with a rule named root")
         return sampler
 
     cdef llama_sampler* _dry(self, float multiplier, float base, int allowed_length, int last_n, breakers) except NULL:
-        encoded = [b.encode() for b in breakers]
+        encoded = [_utf8(b, "a DRY sequence breaker") for b in breakers]
         cdef vector[const char*] c_breakers
         for b in encoded:
             c_breakers.push_back(b)
@@ -779,7 +806,17 @@ cdef class Sampler:
 
     def reset(self) -> None:
         """Forget what was generated and start the random numbers from `seed` again."""
+        self._enter()
         llama_sampler_reset(self._chain.samplers)
+        self._leave()
+
+    cdef int _enter(self) except -1:
+        if self._busy.exchange(True):
+            raise errors.EngineError("this Sampler is in use on another thread; make one for each Generation")
+        return 0
+
+    cdef void _leave(self) noexcept:
+        self._busy.store(False)
 
 
 cdef enum Finish:
@@ -804,6 +841,7 @@ cdef class Generation:
     cdef llama_token _token          # sampled, not yet decoded; -1 if none
     cdef int32_t _n_max
     cdef Finish _finish
+    cdef int64_t _number             # among the context's generations
     cdef atomic[bool] _cancelled
     cdef TextFilter _text
     cdef string _piece
@@ -828,7 +866,9 @@ cdef class Generation:
                 "raise n_ctx or set truncate: true", n_prompt=self._prompt.size(), n_ctx=context.n_ctx)
         self._n_max = n_free if max_tokens is None else min(max_tokens, n_free)
         for text in stop:
-            self._text.add_stop(text.encode())
+            if not text:
+                raise errors.BadRequest("a stop string is empty; leave it out")
+            self._text.add_stop(_utf8(text, "a stop string"))
         self._token = -1
         self._finish = RUNNING
 
@@ -861,27 +901,43 @@ cdef class Generation:
 
         Raises EngineFault, after which the context is `poisoned`, or EngineError.
         """
-        if self._finish != RUNNING and not self._text.has_ready():
+        if self._finish != RUNNING:
             return None
+        if self.context is None:
+            raise errors.EngineClosed("this Generation was never made")
         self.context._enter(&self._cancelled)
         try:
-            with nogil:
-                self._run(stream)
-        except errors.EngineError:
-            self.context._poisoned = True
-            self._finish = CANCELLED
-            raise
+            self._own_context()
+            self.sampler._enter()
+            try:
+                with nogil:
+                    self._run(stream)
+            except (errors.EngineError, MemoryError):
+                self.context._poisoned = True
+                self._finish = CANCELLED
+                raise
+            finally:
+                self.sampler._leave()
+                _last_words()
+            if not self._text.has_ready():
+                return None
+            text = PyUnicode_DecodeUTF8(self._text.ready().data(), self._text.ready().size(), "replace")
+            self._text.clear_ready()
+            return text
         finally:
             if self._finish != RUNNING:
                 self.context._leave()
             else:
                 self.context._busy.store(False)
-            _last_words()
-        if not self._text.has_ready():
-            return None
-        text = PyUnicode_DecodeUTF8(self._text.ready().data(), self._text.ready().size(), "replace")
-        self._text.clear_ready()
-        return text
+
+    cdef int _own_context(self) except -1:
+        """The first run takes the KV cache; a Generation that has lost it to another can't go on."""
+        if self._number == 0:
+            self.context._n_generations += 1
+            self._number = self.context._n_generations
+        elif self._number != self.context._n_generations:
+            raise errors.EngineError("another Generation took this Context; finish one before the next begins")
+        return 0
 
     cdef int _run(self, bint stream) except -1 nogil:
         cdef llama_token token
@@ -912,8 +968,8 @@ cdef class Generation:
         return 0
 
     cdef int _end(self, Finish finish) except -1 nogil:
-        self._finish = finish
         self._text.flush()
+        self._finish = finish
         return 0
 
     cdef int _read_prompt_into_sampler(self) except -1 nogil:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "guard.hpp"
+#include "llama-grammar.h"
 #include "llama.h"
 
 namespace tea {
@@ -117,9 +118,46 @@ struct Chain {
     }
 };
 
-// A grammar that llama.cpp can't parse is NULL here and never gets into a chain (it would be called there).
+// Past white space and comments.
+inline const char * skip_space(const char * at) {
+    while (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == '#') {
+        if (*at++ == '#') at += std::strcspn(at, "\r\n");
+    }
+    return at;
+}
+
+// How deep the parentheses of a grammar are nested, literals and comments aside.
+inline int nesting(const char * at) {
+    int depth = 0, deepest = 0;
+    for (; *(at = skip_space(at)); ++at) {
+        if (*at == '"' || *at == '[') {
+            const char end = *at == '"' ? '"' : ']';
+            for (++at; *at && *at != end; ++at) at += *at == '\\' && at[1];
+            if (!*at) break;
+        }
+        depth += *at == '(' ? 1 : *at == ')' ? -1 : 0;
+        deepest = std::max(deepest, depth);
+    }
+    return deepest;
+}
+
+// Throws what is wrong with a grammar. llama_grammar_parser::parse() prints it to stderr, and the recursion in
+// it and in the search for left recursion may overflow the stack. Here the rules are read one by one.
+inline void check_grammar(const llama_vocab * vocab, const char * grammar) {
+    if (nesting(grammar) > 1000) throw std::runtime_error("more than 1000 nested parentheses");
+    llama_grammar_parser parser(vocab);
+    for (const char * at = skip_space(grammar); *at;) at = parser.parse_rule(at);
+    if (parser.rules.size() > 20000) throw std::runtime_error("more than 20000 rules");
+    for (const auto & [name, id] : parser.symbol_ids) {
+        if (id >= parser.rules.size() || parser.rules[id].empty()) throw std::runtime_error("there is no rule " + name);
+    }
+}
+
+// NULL where llama.cpp refuses the grammar in its log: no root, left recursion.
 inline llama_sampler * new_grammar(const llama_vocab * vocab, const char * grammar, const char * root) {
-    return guarded(llama_sampler_init_grammar, vocab, grammar, root);
+    Guard guard;
+    check_grammar(vocab, grammar);
+    return llama_sampler_init_grammar(vocab, grammar, root);
 }
 
 }  // namespace tea

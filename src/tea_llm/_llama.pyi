@@ -117,6 +117,8 @@ class Context:
     @property
     def n_batch(self) -> int: ...
     @property
+    def n_seq_max(self) -> int: ...
+    @property
     def n_threads(self) -> int: ...
     @property
     def embeddings(self) -> bool: ...
@@ -147,7 +149,7 @@ class Sampler:
         dry_multiplier: float = 0.0,
         dry_base: float = 1.75,
         dry_allowed_length: int = 2,
-        dry_penalty_last_n: int = -1,
+        dry_penalty_last_n: int = 64,
         dry_sequence_breakers: Iterable[str] = ("\n", ":", '"', "*"),
         repeat_penalty: float = 1.0,
         repeat_last_n: int = 64,
