@@ -211,7 +211,8 @@ def test_unknown_parameters_reach_the_api(server: ApiServer, actions: Actions) -
 
 
 def test_a_nodes_api_base_and_provider_beat_the_settings(server: ApiServer) -> None:
-    call = _actions({"backend": "local", "provider": "openai", "api_base": "http://127.0.0.1:9/v1"})["llm.call"]
+    llm = {"backend": "local", "fallback": "error", "provider": "openai", "api_base": "http://127.0.0.1:9/v1"}
+    call = _actions(llm)["llm.call"]
     result = call(state={}, prompt="a", model="m", provider="ollama", api_base=server.base)
     assert (result["content"], result["provider"]) == ("Hi.", "ollama")
 
