@@ -151,7 +151,9 @@ def test_a_condition_that_does_not_parse_is_found_without_running_it() -> None:
         check_condition("state.n >")
 
 
-@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ state.nope > 3 }}", "{{ state.n + 'a' }}", "{{ 'x' | fromjson }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ state.nope > 3 }}", "{{ state.n + 'a' }}", "{{ 'x' | fromjson }}"]
+)
 def test_a_template_that_fails_says_which_and_why(template: str) -> None:
     with pytest.raises(WorkflowError) as caught:
         render(template, SCOPE)
