@@ -441,6 +441,13 @@ _POOLING = {
 _POOLS_TO_ONE_VECTOR = (LLAMA_POOLING_TYPE_MEAN, LLAMA_POOLING_TYPE_CLS, LLAMA_POOLING_TYPE_LAST)
 
 
+_FLASH_ATTN = {
+    None: LLAMA_FLASH_ATTN_TYPE_AUTO,
+    False: LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    True: LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
+
+
 cdef bool _is_cancelled(void* flag) noexcept nogil:
     return (<atomic[bool]*>flag).load()
 
@@ -449,7 +456,8 @@ cdef bool _is_cancelled(void* flag) noexcept nogil:
 cdef class Context:
     """Memory to compute in: the KV cache and the compute buffers of one model, and the threads that work on them.
 
-    With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. One thread at a time.
+    With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. `flash_attn` None leaves the
+    choice to llama.cpp. One thread at a time.
 
     Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
     """
@@ -469,7 +477,7 @@ cdef class Context:
     cdef readonly bint embeddings
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
-                 int n_threads=1, bint embeddings=False, pooling=None):
+                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None):
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
@@ -497,6 +505,7 @@ cdef class Context:
         params.n_threads_batch = n_threads
         params.embeddings = embeddings
         params.pooling_type = _POOLING[pooling]
+        params.flash_attn_type = _FLASH_ATTN[flash_attn]
         params.kv_unified = True
         params.no_perf = True
         params.n_outputs_max = 0 if embeddings else n_seq_max  # logits of last tokens only: no buffer for the whole batch
@@ -849,6 +858,8 @@ cdef class Generation:
     cdef readonly int n_generated
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=()):
+        if self.context is not None:
+            raise errors.EngineError("this Generation is made already; make a new one")
         if context.embeddings:
             raise errors.BadRequest("this Context computes embeddings; make one without embeddings=True")
         if sampler.model is not context.model:
