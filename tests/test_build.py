@@ -126,8 +126,19 @@ def test_the_extension_exports_at_most_two_symbols(extension: str) -> None:
 def test_the_extension_needs_nothing_that_slim_images_lack(extension: str) -> None:
     """libstdc++ and libc only: no libgomp, no OpenSSL, no libcurl, no libllama."""
     table = subprocess.run([_tool("readelf"), "-d", extension], capture_output=True, text=True, check=True)
-    needed = {line.split("[")[1].rstrip("]").split(".so")[0] for line in table.stdout.splitlines() if "(NEEDED)" in line}
-    assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl", "ld-linux-x86-64", "ld-linux-aarch64"}
+    needed = {
+        line.split("[")[1].rstrip("]").split(".so")[0] for line in table.stdout.splitlines() if "(NEEDED)" in line
+    }
+    assert needed <= {
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "libpthread",
+        "libdl",
+        "ld-linux-x86-64",
+        "ld-linux-aarch64",
+    }
 
 
 # --- the sdist --------------------------------------------------------------------------------------------------------

@@ -140,7 +140,5 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_the_table_of_rooms_and_the_public_names_agree() -> None:
     """`__init__` lists its names for readers, for type checkers and for the loader: three lists of one thing."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    typed = {
-        alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level for alias in n.names
-    }
+    typed = {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level for alias in n.names}
     assert typed == set(tea_llm.__all__) == set(tea_llm._ROOM_OF)
