@@ -84,8 +84,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServe
             monkeypatch.delenv(name)
     (tmp_path / "model.gguf").symlink_to(packaged_model())
     for block in BLOCKS:
-        if block.language == "yaml" and (name := re.match(r"name: (\w+)\n", block.text)):
-            (tmp_path / f"{name[1]}.yaml").write_text(block.text, encoding="utf-8")
+        if block.language == "yaml" and (title := re.match(r"name: (\w+)\n", block.text)):
+            (tmp_path / f"{title[1]}.yaml").write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MY_API_KEY", "k")

@@ -54,9 +54,8 @@ class LlmBackend(ABC):
         """As `chat`, handing each chunk of text to `callback` as soon as it is there."""
         return self.stream(LlmCallParams(messages=messages, **options), callback)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  a backend that holds nothing has nothing to write here
         """Give back what the backend holds. Closing twice is fine; a call after that raises EngineClosed."""
-        return None
 
     async def acall(self, params: LlmCallParams) -> LlmCallResult:
         """`call` for asyncio."""
@@ -98,8 +97,14 @@ class RequestBackend(LlmBackend):
 
     @abstractmethod
     def embeddings(
-        self, texts: Sequence[str], *, model: str | None = None, normalize: bool = True, dimensions: int | None = None,
-        as_numpy: bool = False, **options: Any,
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        as_numpy: bool = False,
+        **options: Any,
     ) -> LlmEmbedResult:
         """One vector per text. `dimensions` cuts each vector (Matryoshka) before it is normalised."""
 
@@ -108,28 +113,36 @@ class RequestBackend(LlmBackend):
         """`embeddings` for asyncio, same options."""
 
     def call(self, params: LlmCallParams) -> LlmCallResult:
+        """See `LlmBackend.call`."""
         return self.generate(params)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> LlmCallResult:
+        """See `LlmBackend.chat`."""
         return self.generate(LlmCallParams(messages=messages, **options))
 
     def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
+        """See `LlmBackend.stream`."""
         return self.generate(params, callback)
 
     def embed(self, text: str | Sequence[str], **options: Any) -> Any:
+        """See `LlmBackend.embed`; `options` are those of `embeddings`."""
         vectors = self.embeddings(_as_texts(text), **options).embeddings
         return vectors[0] if isinstance(text, str) else vectors
 
     async def acall(self, params: LlmCallParams) -> LlmCallResult:
+        """`call` for asyncio."""
         return await self.agenerate(params)
 
     async def achat(self, messages: Sequence[Message], **options: Any) -> LlmCallResult:
+        """`chat` for asyncio."""
         return await self.agenerate(LlmCallParams(messages=messages, **options))
 
     async def astream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
+        """`stream` for asyncio; `callback` may be a coroutine function."""
         return await self.agenerate(params, callback)
 
     async def aembed(self, text: str | Sequence[str], **options: Any) -> Any:
+        """`embed` for asyncio."""
         vectors = (await self.aembeddings(_as_texts(text), **options)).embeddings
         return vectors[0] if isinstance(text, str) else vectors
 

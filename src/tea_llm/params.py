@@ -47,8 +47,8 @@ class Unset(Enum):
 
 UNSET: Final = Unset.UNSET
 
-_Float: TypeAlias = "float | None | Unset"
-_Int: TypeAlias = "int | None | Unset"
+_Float: TypeAlias = "float | Unset | None"
+_Int: TypeAlias = "int | Unset | None"
 
 
 def _field(low: float, high: float, what: str, default: Any = UNSET) -> Any:
@@ -69,7 +69,9 @@ class LlmCallParams:
     """
 
     prompt: str = ""
-    max_tokens: int | None = _field(0, 2**31 - 1, "tokens to generate; None: until the model ends or the context is full", 100)
+    max_tokens: int | None = _field(
+        0, 2**31 - 1, "tokens to generate; None: until the model ends or the context is full", 100
+    )
     temperature: float = _field(0, _INF, "0 is greedy", 0.7)
     stop: Sequence[str] | str | None = None
     _: KW_ONLY
