@@ -1,4 +1,4 @@
-"""Golden tokenisations: llama.cpp's own vocabularies, texts and tokens, as its tests/test-tokenizer-0.cpp reads them."""
+"""Golden tokenisations: llama.cpp's own vocabularies, texts and tokens, read as its test-tokenizer-0.cpp does."""
 
 from __future__ import annotations
 
