@@ -100,6 +100,11 @@ def test_of_overlapping_stop_strings_the_first_in_the_text_ends_it(context):
     assert chunks(context, stop=["fox jumps", "brown fox"]) == ([" quick", " "], "stop")
 
 
+def test_of_several_stop_strings_in_one_token_the_first_in_the_text_ends_it(context):
+    for stop in (["fox", "ox"], ["ox", "fox"], ["zebra", "fox"], ["fox", "zebra"]):
+        assert chunks(context, stop=stop) == ([" quick", " brown", " "], "stop")
+
+
 def test_of_a_stop_string_and_its_prefix_the_prefix_ends_the_text(context):
     for stop in (["fox", "fox jumps"], ["fox jumps", "fox"], ["fox", "fo"], ["f", "fox", "fox jumps over"]):
         assert chunks(context, stop=stop) == ([" quick", " brown", " "], "stop")
