@@ -27,7 +27,7 @@ def minilm(shared_models) -> Iterator[LocalLlmBackend]:
 @pytest.fixture(scope="module")
 def sentences(shared_models) -> Iterator[LocalLlmBackend]:
     """The model as sentence-transformers runs it: the reference's longest text is cut there at 256 tokens."""
-    with LocalLlmBackend(shared_models / MINILM, n_ctx=256) as backend:
+    with LocalLlmBackend(shared_models / MINILM, n_ctx=256, n_threads=1) as backend:
         yield backend
 
 
