@@ -109,6 +109,7 @@ class Context:
         n_threads: int = 1,
         embeddings: bool = False,
         pooling: str | None = None,
+        flash_attn: bool | None = None,
     ) -> None: ...
     @property
     def model(self) -> Model: ...
