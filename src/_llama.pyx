@@ -5,6 +5,7 @@ The call shape is always the same: check the arguments, one C call without the G
 A Context and what works on it belong to one thread at a time; a second one gets EngineError, not a crash.
 """
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport isfinite, sqrt
@@ -17,9 +18,9 @@ from posix.unistd cimport getpid
 
 from llama cimport *
 
-import json
 import logging
-import secrets
+import os
+import stat
 
 from tea_llm import errors
 
@@ -100,6 +101,9 @@ cdef class Loading:
 
     cdef atomic[float] _fraction
     cdef atomic[bool] _cancelled
+    cdef LoadMemory* _memory
+    cdef int64_t _looked_us      # when signals were last looked for
+    cdef object _interrupt       # what a signal handler raised
 
     @property
     def fraction(self) -> float:
@@ -115,16 +119,28 @@ cdef class Loading:
         """End the load at the next tensor; it raises Cancelled."""
         self._cancelled.store(True)
 
+    cdef bint _goes_on(self, float fraction) noexcept nogil:
+        self._fraction.store(fraction)
+        self._memory.progress(fraction)
+        if now_us() - self._looked_us > 20_000:
+            self._looked_us = now_us()
+            with gil:
+                try:
+                    PyErr_CheckSignals()
+                except BaseException as exc:
+                    self._interrupt = exc
+                    return False
+        return not self._cancelled.load()
 
-cdef bool _on_progress(float progress, void* loading) noexcept nogil:
-    (<Loading>loading)._fraction.store(progress)
-    return not (<Loading>loading)._cancelled.load()
+
+cdef bool _on_progress(float fraction, void* loading) noexcept nogil:
+    return (<Loading>loading)._goes_on(fraction)
 
 
 cdef class Model:
     """A loaded GGUF file: weights and vocabulary. Freed with its last reference; its contexts keep it alive.
 
-    Loading releases the GIL. Reading a model is safe from any thread.
+    Loading releases the GIL, and on the main thread Ctrl-C ends it. Reading a model is safe from any thread.
 
     Raises ModelNotFound, ModelLoadError with llama.cpp's own words, MemoryError, or Cancelled through `loading`.
     """
@@ -156,11 +172,18 @@ cdef class Model:
         params.progress_callback_user_data = <void*>loading
         self._pid = getpid()
         cdef const char* c_path = encoded
+        cdef bytes real_path = os.fsencode(os.path.realpath(self.path))
         _listen()
-        with nogil:
-            self._model = load_model(c_path, params)
+        loading._memory = new LoadMemory(real_path)
+        try:
+            with nogil:
+                self._model = load_model(c_path, params)
+        finally:
+            del loading._memory
         words = _last_words()
         if self._model == NULL:
+            if loading._interrupt is not None:
+                raise loading._interrupt
             if loading.cancelled:
                 raise errors.Cancelled(f"loading {self.path} was cancelled")
             raise errors.ModelLoadError(f"{self.path} could not be loaded: {words}")
@@ -264,6 +287,8 @@ cdef class Model:
         """
         if self.chat_template is None:
             raise errors.BadRequest(f"{self.path} has no chat template; name a chat_format or give a prompt")
+        import json
+
         cdef string encoded = json.dumps(list(messages)).encode()
         cdef string prompt
         try:
@@ -398,8 +423,6 @@ cdef bytes _utf8(str text, str what):
 
 
 cdef bytes _path_bytes(str path):
-    import os
-    import stat
     try:
         mode = os.stat(path).st_mode
     except OSError as exc:
@@ -728,7 +751,7 @@ cdef class Sampler:
             raise errors.EngineError("this Sampler is made already; make a new one")
         model._check()
         self.model = model
-        self.seed = secrets.randbelow(2**32 - 1) if seed is None else seed
+        self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if seed is None else seed
         self._chain.samplers = llama_sampler_chain_init(llama_sampler_chain_default_params())
         cdef int32_t n_ctx = model.n_ctx_train
         cdef llama_logit_bias bias

@@ -40,6 +40,11 @@ cdef extern from "guard.hpp" namespace "tea" nogil:
     int32_t detokenize(const llama_vocab* vocab, const llama_token* tokens, int32_t n_tokens, char* text,
                        int32_t text_len_max, bool remove_special, bool unparse_special) except +raise_fault
 
+cdef extern from "load_memory.hpp" namespace "tea" nogil:
+    cppclass LoadMemory:
+        LoadMemory(const char* path) except +
+        void progress(float fraction)
+
 cdef extern from "text_filter.hpp" namespace "tea" nogil:
     cppclass TextFilter:
         void add_stop(string stop) except +
@@ -92,6 +97,10 @@ cdef extern from "llama.h" nogil:
         LLAMA_POOLING_TYPE_CLS
         LLAMA_POOLING_TYPE_LAST
         LLAMA_POOLING_TYPE_RANK
+    enum llama_flash_attn_type:
+        LLAMA_FLASH_ATTN_TYPE_AUTO
+        LLAMA_FLASH_ATTN_TYPE_DISABLED
+        LLAMA_FLASH_ATTN_TYPE_ENABLED
     enum llama_load_mode:
         LLAMA_LOAD_MODE_AUTO
         LLAMA_LOAD_MODE_NONE
@@ -128,6 +137,7 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads
         int32_t n_threads_batch
         llama_pooling_type pooling_type
+        llama_flash_attn_type flash_attn_type
         bool embeddings
         bool no_perf
         bool kv_unified

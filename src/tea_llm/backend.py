@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -21,6 +20,12 @@ __all__ = ["BackendPool", "LlmBackend", "RequestBackend", "create_llm_backend"]
 logger = logging.getLogger("tea_llm")
 
 _Self = TypeVar("_Self", bound="LlmBackend")
+
+
+async def _to_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    import asyncio  # 50 ms to import, which a program without an event loop need not wait for
+
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 class LlmBackend(ABC):
@@ -59,19 +64,19 @@ class LlmBackend(ABC):
 
     async def acall(self, params: LlmCallParams) -> LlmCallResult:
         """`call` for asyncio."""
-        return await asyncio.to_thread(self.call, params)
+        return await _to_thread(self.call, params)
 
     async def achat(self, messages: Sequence[Message], **options: Any) -> LlmCallResult:
         """`chat` for asyncio."""
-        return await asyncio.to_thread(self.chat, messages, **options)
+        return await _to_thread(self.chat, messages, **options)
 
     async def aembed(self, text: str | Sequence[str], **options: Any) -> Any:
         """`embed` for asyncio."""
-        return await asyncio.to_thread(self.embed, text, **options)
+        return await _to_thread(self.embed, text, **options)
 
     async def astream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
         """`stream` for asyncio; `callback` may be a coroutine function."""
-        return await asyncio.to_thread(self.stream, params, callback)
+        return await _to_thread(self.stream, params, callback)
 
     async def astream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
         """`stream_chat` for asyncio; `callback` may be a coroutine function."""

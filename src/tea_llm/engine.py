@@ -6,7 +6,6 @@ Python runs on that thread only to hand out text somebody waits for: each `run` 
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import os
@@ -17,11 +16,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _llama
 from .errors import Cancelled, ContextOverflow, DeadlineExceeded, EngineClosed
 from .params import Timings, Usage
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["EmbedRequest", "Embedded", "Engine", "EngineOptions", "Generated", "TextRequest", "Ticket", "open_engine",
            "release_engine"]
@@ -31,6 +33,7 @@ logger = logging.getLogger("tea_llm")
 _EMBED_BATCH = 512  # tokens computed at once; a longer text gets a larger context
 _EMBED_TEXTS = 64  # sequences in one batch
 _SMALL_MODEL_BYTES = 8 << 20  # below it the threads of a layer wait for each other longer than they compute
+_FLASH_HEAD_SIZE = 64  # below it llama.cpp's flash attention slows generation down, to a third at size 8
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Ticket:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._loop = loop
-        self._events: Any = asyncio.Queue() if loop else SimpleQueue()
+        self._events: Any = _async_queue() if loop else SimpleQueue()
         self._cancel: Callable[[], object] | None = None
         self._lock = threading.Lock()
         self.cancelled = False
@@ -124,6 +127,8 @@ class Ticket:
             yield event
 
     async def __aiter__(self) -> AsyncIterator[str]:
+        import asyncio
+
         while True:
             try:
                 async with asyncio.timeout(self._remaining_s()):
@@ -173,6 +178,12 @@ class Ticket:
             self.cancel()
 
 
+def _async_queue() -> Any:
+    import asyncio  # only where a loop runs, and so has imported it
+
+    return asyncio.Queue()
+
+
 class Engine:
     """A loaded model that any thread may ask. Made by `open_engine`; `close` frees it with the last user.
 
@@ -192,14 +203,11 @@ class Engine:
         self._running: Ticket | None = None
         self._text: _llama.Context | None = None
         self._vectors: _llama.Context | None = None
-        self._loaded: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._loading = _llama.Loading()
-        self._thread = threading.Thread(target=self._main, name=f"tea_llm {Path(path).stem}", daemon=True)
-        self.model: _llama.Model
-        self._thread.start()
-        self._await_load(on_progress)
+        self.model = _load(path, options, on_progress)
         self.n_ctx = fit_n_ctx(self.model, options.n_ctx)
-        self.n_threads = options.n_threads or default_threads(self.model.size_bytes)
+        self.n_threads = fit_threads(options.n_threads, self.model.size_bytes)
+        self._thread = threading.Thread(target=self._main, name=f"tea_llm {Path(path).stem}", daemon=True)
+        self._thread.start()
 
     def submit(
         self,
@@ -238,37 +246,8 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _await_load(self, on_progress: Callable[[float], object] | None) -> None:
-        """Wait for the model, reporting progress; an interrupt, or a False from `on_progress`, cancels the load."""
-        try:
-            while True:
-                try:
-                    failure = self._loaded.get(timeout=0.05 if on_progress else None)
-                    break
-                except Empty:
-                    if on_progress and on_progress(self._loading.fraction) is False:
-                        self._loading.cancel()
-        except BaseException:
-            self._loading.cancel()
-            with self._wake:
-                self._closed = True
-                self._wake.notify()
-            raise
-        if failure is not None:
-            raise failure
-        if on_progress:
-            on_progress(1.0)
-
     # --- the engine's thread ------------------------------------------------------------------------------------------
     def _main(self) -> None:
-        options = self.options
-        try:
-            n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
-            self.model = _llama.Model(self.path, n_gpu_layers=n_gpu_layers, loading=self._loading)
-        except BaseException as exc:  # noqa: BLE001 - whatever it is belongs to the caller that waits
-            self._loaded.put(exc)
-            return
-        self._loaded.put(None)
         while (work := self._next()) is not None:
             self._answer(*work)
             del work
@@ -321,7 +300,13 @@ class Engine:
     def _text_context(self) -> _llama.Context:
         if self._text is None or self._text.poisoned:
             n_batch = min(self.options.n_batch or 512, self.n_ctx)
-            self._text = _llama.Context(self.model, n_ctx=self.n_ctx, n_batch=n_batch, n_threads=self.n_threads)
+            self._text = _llama.Context(
+                self.model,
+                n_ctx=self.n_ctx,
+                n_batch=n_batch,
+                n_threads=self.n_threads,
+                flash_attn=None if _head_size(self.model) >= _FLASH_HEAD_SIZE else False,
+            )
         return self._text
 
     def _embed(self, request: EmbedRequest, ticket: Ticket) -> Embedded:
@@ -372,6 +357,30 @@ class Engine:
         return context
 
 
+def _load(path: str, options: EngineOptions, on_progress: Callable[[float], object] | None) -> _llama.Model:
+    """The loaded model. On the caller's thread: memory of another would come from an arena that grows page by page."""
+    n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
+    loading = _llama.Loading()
+    if on_progress is None:
+        return _llama.Model(path, n_gpu_layers=n_gpu_layers, loading=loading)
+    done = threading.Event()
+
+    def report() -> None:
+        while not done.wait(0.05):
+            if on_progress(loading.fraction) is False:
+                loading.cancel()
+
+    reporter = threading.Thread(target=report, name="tea_llm loading", daemon=True)
+    reporter.start()
+    try:
+        model = _llama.Model(path, n_gpu_layers=n_gpu_layers, loading=loading)
+    finally:
+        done.set()
+        reporter.join()
+    on_progress(1.0)
+    return model
+
+
 def _cut(tokens: list[int], n_ctx: int, max_tokens: int | None, *, keep_first: bool) -> list[int]:
     """The end of a prompt that is too long, with room for `max_tokens` but for half the context at most."""
     n_keep = max(n_ctx - (max_tokens or 1), n_ctx // 2, 1)
@@ -416,14 +425,18 @@ def fit_n_ctx(model: _llama.Model, asked: int | None) -> int:
 
 def _kv_bytes_per_token(model: _llama.Model) -> int:
     """Size of one token's keys and values in F16, or 0 where the file does not tell the shape."""
+    return 2 * 2 * model.n_layer * model.n_head_kv * _head_size(model)
+
+
+def _head_size(model: _llama.Model) -> int:
+    """Length of one attention head's keys, or 0 where the file does not tell."""
     metadata = model.metadata
     arch = metadata.get("general.architecture", "")
+    length = metadata.get(f"{arch}.attention.key_length", "")
+    if length.isdecimal():
+        return int(length)
     n_head = metadata.get(f"{arch}.attention.head_count", "")
-    if not n_head.isdecimal() or n_head == "0":
-        return 0
-    head = metadata.get(f"{arch}.attention.key_length", "")
-    n_per_head = int(head) if head.isdecimal() else model.n_embd // int(n_head)
-    return 2 * 2 * model.n_layer * model.n_head_kv * n_per_head
+    return model.n_embd // int(n_head) if n_head.isdecimal() and n_head != "0" else 0
 
 
 def _free_memory_bytes() -> int | None:
@@ -435,21 +448,35 @@ def _free_memory_bytes() -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def default_threads(model_bytes: int) -> int:
-    """Threads that pay for a model of this size: one for a tiny one, else one per physical core this process may use."""
+def fit_threads(asked: int | None, model_bytes: int) -> int:
+    """Threads that pay for a model of this size: one for a tiny one, else one per physical core this process may use.
+
+    More than there are CPUs is cut, with a WARNING: ggml's threads spin while they wait for each other, so that one
+    without a CPU of its own holds up all others (measured: 2 CPUs, 4 threads, a hundredth of the speed).
+    """
+    cpus = _usable_cpus()
+    if asked and asked > len(cpus):
+        logger.warning("n_threads cut from %d to %d: this process may use no more CPUs", asked, len(cpus))
+    if asked:
+        return min(asked, len(cpus))
     if model_bytes < _SMALL_MODEL_BYTES:
         return 1
+    return len({_core_of(cpu) for cpu in cpus})
+
+
+def _usable_cpus() -> set[int]:
     try:
-        cpus = os.sched_getaffinity(0)
+        return os.sched_getaffinity(0)
     except AttributeError:  # not on macOS and Windows
-        return max((os.cpu_count() or 2) // 2, 1)
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
+        return set(range(os.cpu_count() or 1))
+
+
+def _core_of(cpu: int) -> str:
+    """What names the physical core of a CPU: its siblings, or itself where the system does not tell."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text()
+    except OSError:
+        return str(cpu)
 
 
 # --- the engines of this process --------------------------------------------------------------------------------------

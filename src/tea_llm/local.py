@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,12 +120,14 @@ class LocalLlmBackend(RequestBackend):
     async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """`generate` for asyncio; `on_chunk` may be a coroutine function."""
         answer = _Answer(self.model, on_chunk)
+        import asyncio
+
         loop = asyncio.get_running_loop()
         request = self._text_request(params, on_chunk)
         with self._open_engine().submit(request, timeout_s=params.timeout_s, loop=loop) as ticket:
             async for chunk in ticket:
                 verdict = answer.take(chunk)
-                if (await verdict if inspect.isawaitable(verdict) else verdict) is False:
+                if (await verdict if isinstance(verdict, Awaitable) else verdict) is False:
                     answer.stop()
                     ticket.cancel()
         return answer.result(ticket.outcome)
@@ -186,6 +186,8 @@ class LocalLlmBackend(RequestBackend):
         timeout_s: float | None = None, **options: Any,
     ) -> LlmEmbedResult:  # fmt: skip
         """`embeddings` for asyncio."""
+        import asyncio
+
         backend = await asyncio.to_thread(self._embedding_backend)
         request = _embed_request(texts, normalize, dimensions, truncate, on_progress)
         loop = asyncio.get_running_loop()
