@@ -34,9 +34,7 @@ class LoadMemory {
     // Called by llama.cpp before each tensor is read, once all buffers are there.
     void progress(float fraction) {
         if (!begun_) begin();
-        if (n_copied_ < n_mapped_ / 4 || fraction < released_at_ + 0.05f) return;
-        released_at_ = fraction;
-        for (const auto & [address, size] : file_) madvise(address, size, MADV_DONTNEED);
+        if (n_copied_ >= n_mapped_ / 4) release(fraction);
     }
 
   private:
@@ -59,6 +57,17 @@ class LoadMemory {
                 n_mapped_ += range.second;
             }
         });
+    }
+
+    // Lets go of the file's first `fraction`, which is about what was read: tensors are read in the file's order.
+    void release(float fraction) {
+        if (fraction < released_ + 0.1f) return;
+        for (const auto & [address, size] : file_) {
+            const auto from = static_cast<size_t>(released_ * size) & ~(step - 1);
+            const auto to = static_cast<size_t>(fraction * size) & ~(step - 1);
+            madvise(static_cast<char *>(address) + from, to - from, MADV_DONTNEED);
+        }
+        released_ = fraction;
     }
 
     void populate(std::vector<Range> ranges) {
@@ -99,7 +108,7 @@ class LoadMemory {
     std::string path_;
     std::vector<Range> before_, file_;
     size_t n_copied_ = 0, n_mapped_ = 0;
-    float released_at_ = 0;
+    float released_ = 0;
     bool begun_ = false;
     std::atomic<bool> stop_{false};
     std::thread ahead_;
