@@ -19,10 +19,11 @@ __all__ = ["BackendPool", "LlmBackend", "RequestBackend", "create_llm_backend"]
 
 logger = logging.getLogger("tea_llm")
 
+_R = TypeVar("_R")
 _Self = TypeVar("_Self", bound="LlmBackend")
 
 
-async def _to_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def _to_thread(function: Callable[..., _R], *args: Any, **kwargs: Any) -> _R:
     import asyncio  # 50 ms to import, which a program without an event loop need not wait for
 
     return await asyncio.to_thread(function, *args, **kwargs)

@@ -203,11 +203,19 @@ class Engine:
         self._running: Ticket | None = None
         self._text: _llama.Context | None = None
         self._vectors: _llama.Context | None = None
-        self.model = _load(path, options, on_progress)
+        self._model: _llama.Model | None = _load(path, options, on_progress)
         self.n_ctx = fit_n_ctx(self.model, options.n_ctx)
         self.n_threads = fit_threads(options.n_threads, self.model.size_bytes)
         self._thread = threading.Thread(target=self._main, name=f"tea_llm {Path(path).stem}", daemon=True)
         self._thread.start()
+
+    @property
+    def model(self) -> _llama.Model:
+        """The model, for reading. Raises EngineClosed after close()."""
+        model = self._model
+        if model is None:
+            raise EngineClosed(f"the engine of {self.path} is closed; make a new backend")
+        return model
 
     def submit(
         self,
@@ -257,8 +265,7 @@ class Engine:
         for context in (self._text, self._vectors):
             if context is not None:
                 context.close()
-        self._text = self._vectors = None
-        del self.model
+        self._text = self._vectors = self._model = None
 
     def _next(self) -> tuple[TextRequest | EmbedRequest, Ticket, float] | None:
         with self._wake:
@@ -518,6 +525,17 @@ def _identity(path: str) -> tuple[Any, ...]:
     except (OSError, ValueError):
         return (real,)  # Model says what is wrong with it
     return (real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _forget_all() -> None:
+    """In a child process after fork(): the engines' threads stayed with the parent, and so may have the lock."""
+    global _engines_lock
+    _engines_lock = threading.Lock()
+    _engines.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 @atexit.register
