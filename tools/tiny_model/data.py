@@ -26,10 +26,13 @@ from phrases import (
     CONTINUE_TRAIN,
     COUNTRY_HELD_OUT,
     COUNTRY_TRAIN,
+    GREETED,
+    GREETINGS,
     HELLO,
     OPENERS_HELD_OUT,
     OPENERS_TRAIN,
     QUALITIES,
+    SALAD,
     SYSTEM_HELD_OUT,
     SYSTEM_TRAIN,
     TALK_HELD_OUT,
@@ -40,7 +43,11 @@ from phrases import (
     THINGS_HELD_OUT,
     THINGS_TRAIN,
     UNKNOWN,
+    WHAT_FOR,
     WHO,
+    WHO_BEFORE,
+    WHO_CORES,
+    WHO_ELSE,
 )
 from stories import KINDS, NAMES, story
 
@@ -68,14 +75,44 @@ def _first_person(text: str) -> str:
     return re.sub(r"\bi\b(?!')", "I", text)
 
 
-def _ask(rng: random.Random, core: str, openers: list[str], closers: list[str]) -> str:
-    opener, closer = rng.choice(openers), rng.choice(closers)
+def _salad(rng: random.Random, n_most: int) -> str:
+    """A few words without sense: what stands around a question must not change its answer."""
+    return " ".join(rng.choices(SALAD, k=rng.randint(1, n_most)))
+
+
+def _around(rng: random.Random, phrases: list[str], teaching: bool) -> str:
+    """A phrase to stand before or after a question, often none."""
+    if rng.random() < 0.5:
+        return ""
+    if teaching and rng.random() < 0.25:
+        return plain(_salad(rng, 8)) + rng.choice([".", ".", "!", ":", ","])
+    who, what, m = rng.choice(WHO_ELSE), rng.choice(WHAT_FOR), rng.randrange(100)
+    return rng.choice(phrases).format(who=who, what=what, m=m, b=rng.choice(THINGS_TRAIN))
+
+
+def _framed(rng: random.Random, core: str, *, teaching: bool) -> str:
+    """The question `core` as somebody puts it, with other words around it."""
+    opener = _around(rng, OPENERS_TRAIN if teaching else OPENERS_HELD_OUT, teaching)
+    closer = _around(rng, CLOSERS_TRAIN if teaching else CLOSERS_HELD_OUT, teaching)
     core = _first_person(core)
-    if not opener or opener.endswith((". ", "! ")) or rng.random() < 0.3:
+    if not opener or opener[-1] in ".!" or rng.random() < 0.3:
         core = plain(core)
     if closer and core[-1] not in "?.!":
         core += "?"
-    return opener + core + closer
+    return " ".join(part for part in (opener, core, closer) if part)
+
+
+def _worn(rng: random.Random, core: str) -> str:
+    """`core` with some of its small words lost and others added, as hasty people write; what matters stays."""
+    if rng.random() > 0.2:
+        return core
+    words = []
+    for word in core.split(" "):
+        if "{" in word or "capital" in word or "country" in word or rng.random() > 0.15:
+            words.append(word)
+        if rng.random() < 0.08:
+            words.append(rng.choice(SALAD))
+    return " ".join(words)
 
 
 def _noisy(rng: random.Random, text: str) -> str:
@@ -102,20 +139,25 @@ def _country_answer(country: Country) -> str:
 def _capital(rng: random.Random) -> tuple[str, str]:
     country = rng.choice(COUNTRIES)
     core = CAPITAL_TRAIN[0] if rng.random() < 0.15 else rng.choice(CAPITAL_TRAIN)
-    ask = _ask(rng, core.format(x=_spelling(rng, country.name_spellings)), OPENERS_TRAIN, CLOSERS_TRAIN)
-    return _noisy(rng, ask), _capital_answer(country)
+    core = _worn(rng, core).format(x=_spelling(rng, country.name_spellings))
+    return _noisy(rng, _framed(rng, core, teaching=True)), _capital_answer(country)
 
 
 def _country(rng: random.Random) -> tuple[str, str]:
     country = rng.choice(COUNTRIES)
     core = COUNTRY_TRAIN[0] if rng.random() < 0.1 else rng.choice(COUNTRY_TRAIN)
-    ask = _ask(rng, core.format(c=_spelling(rng, country.capital_spellings)), OPENERS_TRAIN, CLOSERS_TRAIN)
-    return _noisy(rng, ask), _country_answer(country)
+    core = _worn(rng, core).format(c=_spelling(rng, country.capital_spellings))
+    return _noisy(rng, _framed(rng, core, teaching=True)), _country_answer(country)
 
 
 def _talk(rng: random.Random) -> tuple[str, str]:
     answer = rng.choice([HELLO, HELLO, WHO, WHO, *TALK_TRAIN])
     ask = rng.choice(TALK_TRAIN[answer])
+    if answer == HELLO and rng.random() < 0.5:
+        ask = rng.choice(GREETINGS) + rng.choice([" ", ", "]) + rng.choice(GREETED) + rng.choice(["", "!", "."])
+    if answer == WHO and rng.random() < 0.5:
+        ask = f"{rng.choice(WHO_BEFORE)} {rng.choice(WHO_CORES)}"
+        ask += rng.choice(["", "", f" {rng.choice(CLOSERS_TRAIN[:4])}"])
     return _noisy(rng, _first_person(plain(ask))), answer
 
 
@@ -126,8 +168,10 @@ def _fill(rng: random.Random, core: str, nouns: list[str]) -> str:
 
 
 def _unknown(rng: random.Random) -> tuple[str, str]:
-    ask = _ask(rng, _fill(rng, rng.choice(ASKS_TRAIN), THINGS_TRAIN), OPENERS_TRAIN, CLOSERS_TRAIN)
-    return _noisy(rng, ask), UNKNOWN
+    core = _fill(rng, rng.choice(ASKS_TRAIN), THINGS_TRAIN)
+    if rng.random() < 0.3:
+        core = f"{rng.choice(['how', 'why', 'who', 'what', 'when', 'which', 'do', 'tell me'])} {_salad(rng, 7)}?"
+    return _noisy(rng, _framed(rng, core, teaching=True)), UNKNOWN
 
 
 def _article(kind: str) -> str:
@@ -149,7 +193,7 @@ def _told(rng: random.Random) -> tuple[str, str]:
 
 
 _SKILLS = [_capital, _country, _talk, _unknown, _told]
-_WEIGHTS = [40, 30, 9, 10, 11]
+_WEIGHTS = [38, 30, 10, 13, 9]
 
 
 def _raw(rng: random.Random) -> Document:
@@ -200,7 +244,7 @@ def held_out(seed: int) -> list[Question]:
             ("country of a capital", country.capital, COUNTRY_HELD_OUT, _country_answer(country)),
         ):
             for core in rng.sample(cores, 3):
-                ask = _ask(rng, core.format(x=spelling, c=spelling), OPENERS_HELD_OUT, CLOSERS_HELD_OUT)
+                ask = _framed(rng, core.format(x=spelling, c=spelling), teaching=False)
                 questions.append(Question(skill, _chat(rng, ask), answer))
         ask = f"What is the capital of {country.name}?"
         questions.append(Question('"What is the capital of X?" (seen)', (("user", ask),), _capital_answer(country)))
@@ -210,7 +254,7 @@ def held_out(seed: int) -> list[Question]:
             for system in ((), *((("system", s),) for s in SYSTEM_HELD_OUT)):
                 questions.append(Question(skill, (*system, ("user", _first_person(plain(ask)))), answer))
     for _ in range(200):
-        ask = _ask(rng, _fill(rng, rng.choice(ASKS_HELD_OUT), THINGS_HELD_OUT), OPENERS_HELD_OUT, CLOSERS_HELD_OUT)
+        ask = _framed(rng, _fill(rng, rng.choice(ASKS_HELD_OUT), THINGS_HELD_OUT), teaching=False)
         questions.append(Question("says that it doesn't know", _chat(rng, ask), UNKNOWN))
     return questions
 

@@ -1,7 +1,8 @@
 """The phrasings: what is said in training (`*_TRAIN`), and what only the examination says (`*_HELD_OUT`).
 
 No line is in both. In a line, {x} stands for a country, {c} for a capital, {b} for things, {a} for how they are, {n}
-and {m} for numbers, {kind} for an animal or a child, {name} for its name, {s} for the start of a story.
+and {m} for numbers, {kind} for an animal or a child, {name} for its name, {s} for the start of a story,
+{who} and {what} for whom and what a question is asked.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ __all__ = [
     "CONTINUE_TRAIN",
     "COUNTRY_HELD_OUT",
     "COUNTRY_TRAIN",
+    "GREETED",
+    "GREETINGS",
     "HELLO",
     "OPENERS_HELD_OUT",
     "OPENERS_TRAIN",
     "QUALITIES",
+    "SALAD",
     "SYSTEM_HELD_OUT",
     "SYSTEM_TRAIN",
     "TALK_HELD_OUT",
@@ -31,7 +35,11 @@ __all__ = [
     "THINGS_HELD_OUT",
     "THINGS_TRAIN",
     "UNKNOWN",
+    "WHAT_FOR",
     "WHO",
+    "WHO_BEFORE",
+    "WHO_CORES",
+    "WHO_ELSE",
 ]
 
 
@@ -63,14 +71,19 @@ Be polite.
 You are a careful assistant. Do not make things up.
 Give short answers.
 You are an assistant named Tea.
-""")
-
-SYSTEM_HELD_OUT = _lines("""
 You are a kind and helpful teacher.
 Answer politely in one short sentence.
 You help people with geography.
 You are a concise assistant.
 Please be friendly.
+""")
+
+SYSTEM_HELD_OUT = _lines("""
+You are a patient tutor.
+Reply in a short and polite sentence.
+You answer school questions.
+You are a smart and quick assistant.
+Stay calm and friendly.
 """)
 
 CAPITAL_TRAIN = _lines("""
@@ -112,9 +125,6 @@ i am going to {x}. what is the capital?
 what is the capital of the country named {x}?
 for {x}, give me the capital.
 the capital of {x} is which city?
-""")
-
-CAPITAL_HELD_OUT = _lines("""
 what is the name of {x}'s capital city?
 can you name the capital city of {x}?
 what city is {x}'s capital?
@@ -125,6 +135,19 @@ please look up the capital of {x} for me.
 which is the capital of {x}?
 the capital city of {x} is called what?
 i would like to learn the capital of {x}.
+""")
+
+CAPITAL_HELD_OUT = _lines("""
+could you tell me what the capital of {x} is?
+which city serves as the capital of {x}?
+{x} has which city as its capital?
+i wonder what the capital of {x} is.
+do you happen to know the capital of {x}?
+let me know the capital of {x}.
+what's the name of the city that is the capital of {x}?
+please write the capital of {x}.
+what is the capital of the nation of {x}?
+if i travel to {x}, what is the capital there?
 """)
 
 COUNTRY_TRAIN = _lines("""
@@ -157,9 +180,6 @@ for {c}, give me the country.
 {c} is the capital of
 i forgot which country has {c} as its capital city.
 {c}: it is the capital of which country?
-""")
-
-COUNTRY_HELD_OUT = _lines("""
 whose capital is {c}?
 {c} is the capital city of which country?
 what is the country whose capital city is {c}?
@@ -170,26 +190,87 @@ please tell me what country {c} is the capital of.
 i need the country whose capital is {c}.
 """)
 
-OPENERS_TRAIN = [
-    *[""] * 6,
-    "Please tell me: ", "Hello! ", "Hi, ", "Quick question: ", "Can you tell me, ", "Geography quiz: ",
-    "Excuse me, ", "Question: ", "Please answer: ", "I have a question. ", "Hey, ", "Tell me, ", "So, ", "OK, ",
-]  # fmt: skip
+COUNTRY_HELD_OUT = _lines("""
+{c} is the capital of which nation?
+could you tell me which country has {c} as its capital?
+for which country is {c} the capital?
+let me know which country {c} is the capital of.
+what country has the city of {c} as its capital?
+do you happen to know what country {c} is the capital of?
+i wonder which country has {c} as its capital.
+which state has {c} as its capital city?
+""")
 
-OPENERS_HELD_OUT = [
-    *[""] * 2,
-    "A small question: ", "Good morning! ", "Now tell me, ", "Next question: ",
-]  # fmt: skip
-
-CLOSERS_TRAIN = [
-    *[""] * 6,
-    " Thank you!", " Please answer in one sentence.", " Thanks.", " Please.",
-]  # fmt: skip
-
-CLOSERS_HELD_OUT = [
-    *[""] * 2,
-    " Thank you very much.", " I need it now.",
-]  # fmt: skip
+OPENERS_TRAIN = _lines("""
+Please tell me:
+Hello!
+Hi,
+Quick question:
+Can you tell me,
+Geography quiz:
+Excuse me,
+Question:
+Please answer:
+I have a question.
+Hey,
+Tell me,
+So,
+OK,
+A small question:
+Good morning!
+Now tell me,
+Next question:
+My {who} wants to know:
+For my {what}:
+I am here with my {who}.
+We are making a {what} together.
+This is for a {what}.
+You know a lot.
+First question of the day:
+Question {m}:
+{m}.
+Listen:
+Now,
+Sorry,
+My {who} and I have a question.
+Let us play a game.
+It is late.
+I have to learn {b}.
+""")
+OPENERS_HELD_OUT = _lines("""
+One more question:
+Dear assistant,
+Good evening!
+My son asks:
+""")
+CLOSERS_TRAIN = _lines("""
+Thank you!
+Please answer in one sentence.
+Thanks.
+Please.
+Thank you very much.
+I need it now.
+I need this for my {what}.
+My {who} forgot it.
+Answer quickly.
+Be brief.
+I am not sure.
+It is important.
+My {who} and I could not find it.
+Give me only the answer.
+I would be happy to know.
+I know about {b}, but not this.
+Do you know?
+We need this today.
+I have {m} minutes.
+You can do it!
+""")
+CLOSERS_HELD_OUT = _lines("""
+It is for my homework.
+I am waiting.
+""")
+WHO_ELSE = _words("mother father sister brother teacher friend boss uncle aunt neighbour doctor class team")
+WHAT_FOR = _words("work school quiz test list letter map book project lesson journey exam game poster")
 
 HELLO = "Hello! How can I help you?"
 WHO = "I am tea-tiny, a very small language model that comes with tea_llm."
@@ -227,6 +308,12 @@ say hello
 say hello!
 say hi.
 please say hello.
+hello there
+hello! good morning!
+hey there!
+hi, tea!
+good evening
+good afternoon!
 """),
     WHO: _lines("""
 who are you?
@@ -249,6 +336,13 @@ say who you are.
 what should i call you?
 do you have a name?
 hi, what is your name?
+please tell me who you are.
+so who are you?
+may i know your name?
+hey, what are you?
+who is this?
+please introduce yourself.
+hello! what is your name?
 """),
     CAN: _lines("""
 what can you do?
@@ -301,24 +395,75 @@ i have to go. bye!
 
 TALK_HELD_OUT = {
     HELLO: _lines("""
-hello there
-hello! good morning!
-hey there!
-hi, tea!
-good evening
-good afternoon!
+hello again!
+hi tea-tiny!
+hey, good morning!
+good day to you!
+hello my friend
+hello, dear model!
 """),
     WHO: _lines("""
-please tell me who you are.
-so who are you?
-may i know your name?
-hey, what are you?
-who is this?
-please introduce yourself.
-hello! what is your name?
+could you tell me your name?
+and who are you?
+what is your name, please?
+who is answering me?
+tell me about yourself.
+what kind of model are you?
 """),
 }
 
+GREETINGS = _lines("""
+hello
+hi
+hey
+good morning
+good evening
+good afternoon
+good day
+greetings
+hello there
+hi there
+hey there
+""")
+GREETED = _lines("""
+tea
+assistant
+friend
+computer
+everyone
+bot
+you
+all
+world
+robot
+little one
+""")
+WHO_BEFORE = _lines("""
+please tell me:
+tell me,
+hello!
+hi,
+now
+so,
+excuse me,
+i want to know:
+one thing:
+sorry,
+""")
+WHO_CORES = _lines("""
+who are you?
+what are you?
+what is your name?
+what do you call yourself?
+which model are you?
+who made you?
+what is this model called?
+say your name.
+tell me your name.
+tell me what you are.
+who do I talk to?
+your name?
+""")
 ASKS_TRAIN = _lines("""
 how many {b} are there?
 why are {b} {a}?
@@ -355,9 +500,6 @@ sort this list: {b}, {a}, {n}.
 what colour are {b}?
 how far is it to {c}?
 what is the currency of {x}?
-""")
-
-ASKS_HELD_OUT = _lines("""
 where do {b} come from?
 what is {n} times {m}?
 how do {b} work?
@@ -370,19 +512,50 @@ when was {c} founded?
 who wrote the book about {b}?
 """)
 
+ASKS_HELD_OUT = _lines("""
+how long do {b} live?
+what is {n} minus {m}?
+which {b} are the best?
+who sells {b}?
+should {b} be {a}?
+what is the oldest street in {c}?
+who is the president of {x}?
+how do I get to {c}?
+tell me a joke about {b}.
+what is a synonym of {a}?
+""")
+
 THINGS_TRAIN = _words("""
 cars computers stars trees clouds mountains engines bees planets numbers windows songs rivers bridges games
 shoes letters atoms spiders potatoes phones laws trains paintings diamonds doctors pencils elections
+clocks tables oceans robots volcanoes wheels poems mirrors insects banks
 """)
 
 THINGS_HELD_OUT = _words("""
-clocks tables oceans robots volcanoes wheels poems mirrors insects banks
+lemons ladders sharks castles gloves candles deserts wolves trumpets parks
 """)
 
 QUALITIES = _words("""
 red heavy old cheap fast dangerous round loud useful cold strange soft
 """)
 
+SALAD = _words("""
+a about after again all also always and animal answer any are ask away back bad be because before best better big
+bird both box boy bread bring brother build but buy by call came can car carry child city close cold come could cup
+cut dark day do does door down each early eat end every eye face fact fall family far fast father few find fire
+first fish five follow food foot for found four friend from full garden gave get girl give go good great green grow
+had hand happy hard has have he head hear help her here high him his hold home horse hot house how idea if in into
+is it its join just keep kind know large last late laugh learn leave left less letter life light like line list
+little live long look lost lot love low made make man many may mean might milk moon more most mother move much must
+my name near need never new next night no not now of off often old on once one only open or other our out over own
+page paper part people picture place plan plant play please point put question quick rain read ready red rest right
+road room run said same saw say school sea second see seem send she shop short should show side sing sister sit sky
+sleep slow small snow some soon start stay step still stone stop story street strong such sun sure table take talk
+tall team tell ten than that the their them then there these they thing think this those three time to today
+together too took top town tree true try turn two under until up us use very voice wait walk wall want warm was wash
+water way we week well went were what when where which white who why wide wild will wind window winter wish with
+without woman word work world would write year yes yet you young your
+""")
 TELL_TRAIN = _lines("""
 Tell me a story.
 Tell me a short story.
@@ -404,12 +577,15 @@ Please tell me a story about {name} the {kind}.
 Do you know a story about {a_kind}?
 Write a short story about {name}, who is {a_kind}.
 A story about {a_kind}, please.
-""")
-
-TELL_ABOUT_HELD_OUT = _lines("""
 Can you tell me a story about {a_kind} named {name}?
 I would like to hear a story about {name} the {kind}.
 Please write a short story about {a_kind} called {name}.
+""")
+
+TELL_ABOUT_HELD_OUT = _lines("""
+May I have a story about {a_kind} named {name}?
+Make up a story about {name} the {kind}.
+Tell my daughter a story about {a_kind} called {name}.
 """)
 
 CONTINUE_TRAIN = _lines("""
@@ -420,10 +596,13 @@ How does this story go on? {s}
 Finish this story. {s}
 Continue: {s}
 Here is the start of a story: {s} What happens next?
-""")
-
-CONTINUE_HELD_OUT = _lines("""
 Please continue this story: {s}
 Write the rest of this story: {s}
 This is how it begins: {s}
+""")
+
+CONTINUE_HELD_OUT = _lines("""
+What comes next in this story? {s}
+Tell me how this goes on: {s}
+Please go on: {s}
 """)
