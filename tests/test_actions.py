@@ -233,8 +233,8 @@ def test_a_prompt_alone_is_raw_and_with_system_a_chat() -> None:
     actions["llm.chat"](state={}, prompt="p")
     assert [params.messages for params in parrot.asked] == [
         None,
-        ({"role": "system", "content": "s"}, {"role": "user", "content": "p"}),
-        ({"role": "user", "content": "p"},),
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+        [{"role": "user", "content": "p"}],
     ]
     assert parrot.asked[0].prompt == "p"
 
@@ -256,7 +256,7 @@ def test_sampling_fields_travel_in_the_request() -> None:
     said = {"top_k": 5, "seed": 1, "stop": ["x"], "truncate": True, "timeout": 3}
     _actions(llm_backend=parrot)["llm.call"](state={}, prompt="a", **said)
     params = parrot.asked[0]
-    assert (params.top_k, params.seed, params.stop, params.truncate, params.timeout_s) == (5, 1, ("x",), True, 3)
+    assert (params.top_k, params.seed, params.stop, params.truncate, params.timeout_s) == (5, 1, ["x"], True, 3)
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

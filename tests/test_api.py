@@ -160,10 +160,10 @@ def test_openai_itself_is_never_sent_a_field_it_has_not(open_backend: Callable[.
 
 
 def test_none_switches_a_sampling_field_off(server: ApiServer, backend: ApiLlmBackend) -> None:
-    backend.call(LlmCallParams("a", None, model="m", top_p=None, top_k=None, seed=None))
+    backend.call(LlmCallParams("a", None, model="m", top_p=None, top_k=None, seed=None, logit_bias=None))
     body = server.seen[0].body
     assert (body["top_p"], body["top_k"]) == (1.0, 0)
-    assert not {"seed", "max_tokens"} & set(body)
+    assert not {"seed", "max_tokens", "logit_bias"} & set(body)
 
 
 def test_extra_goes_into_the_body_but_for_local_and_retry_keys(server: ApiServer, backend: ApiLlmBackend) -> None:

@@ -36,7 +36,7 @@ _PARAM_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmCallParams)) - {
 _SETTINGS_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmSettings)) | {"api_url", "base_url"}
 _CALL_FIELDS = frozenset({"model", "temperature", "max_tokens", "max_retries", "timeout"})  # a call's, not a backend's
 _RETRY_FIELDS = ("max_retries", "base_delay", "max_delay")  # travel to the API backend in `LlmCallParams.extra`
-_NONE_MEANS_OFF = _PARAM_FIELDS - {"model", "messages", "prompt", "stop", "temperature"} | {"timeout"}
+_NONE_MEANS_OFF = _PARAM_FIELDS - {"model", "messages", "prompt", "stop", "temperature", "truncate"} | {"timeout"}
 _OF_THE_ENGINE = frozenset({  # what engines pass along or inject, and no API is to see
     "config", "node", "graph", "parallel_results", "engine", "checkpoint_dir", "last_checkpoint",
     "opik_trace", "opik_project_name", "shell_provider", "shell_providers",

@@ -212,7 +212,7 @@ def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> 
             )
         if value is None:
             value = row.off
-        if name == "logit_bias":
+        if name == "logit_bias" and value is not None:
             value = {str(token): bias for token, bias in value.items()}
         if value is not None:
             body[row.name] = value

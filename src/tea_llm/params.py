@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal, TypeAlias
@@ -56,6 +56,7 @@ def _field(low: float, high: float, what: str, default: Any = UNSET) -> Any:
 
 
 _INF = math.inf
+_LONGEST_WAIT_S = 1e9  # thirty years; clocks and locks overflow not far above
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class LlmCallParams:
     logit_bias: Mapping[int | str, float] | Unset = UNSET
     grammar: str | None = None
     truncate: bool = False
-    timeout_s: float | None = _field(0, _INF, "seconds for the whole call; None: no limit", None)
+    timeout_s: float | None = _field(0, _LONGEST_WAIT_S, "seconds for the whole call; None: no limit", None)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,18 +110,17 @@ class LlmCallParams:
         for f in dataclasses.fields(self):
             if "low" in f.metadata:
                 _check_range(f, getattr(self, f.name))
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        for s in stop:
-            if not isinstance(s, str) or not s:
-                raise BadRequest(f"stop holds {s!r}; each stop string must be a non-empty str")
-        object.__setattr__(self, "stop", tuple(stop) or None)
+        for name, what, is_one in _KINDS:
+            if not is_one(value := getattr(self, name)):
+                raise BadRequest(f"{name} is {value!r:.80}; give {what}")
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.messages is not None:
             object.__setattr__(self, "messages", _checked_messages(self.messages))
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, () if none."""
-        return tuple(self.stop or ())
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def given(self) -> dict[str, Any]:
         """The sampling fields that were set, by name; those that were not are left out."""
@@ -129,6 +129,28 @@ class LlmCallParams:
             for f in dataclasses.fields(self)
             if f.default is UNSET and (value := getattr(self, f.name)) is not UNSET
         }
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(type(v) is str for v in value)
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        type(token) in (int, str) and type(bias) in (int, float) and not math.isnan(bias)
+        for token, bias in value.items()
+    )
+
+
+_KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
+    ("model", "a name, or None", lambda v: v is None or isinstance(v, str)),
+    ("grammar", "a text in GBNF, or None", lambda v: v is None or isinstance(v, str)),
+    ("truncate", "True or False", lambda v: isinstance(v, bool)),
+    ("extra", "a mapping of further API parameters", lambda v: isinstance(v, Mapping)),
+    ("dry_sequence_breakers", "a list of str", lambda v: v is None or v is UNSET or _is_text_list(v)),
+    ("logit_bias", "a mapping of token ids to numbers", lambda v: v is None or v is UNSET or _is_bias(v)),
+)
+"""The fields that hold no number: what each is to hold, and whether a value is that."""
 
 
 def _check_range(f: dataclasses.Field[Any], value: Any) -> None:
@@ -145,13 +167,34 @@ def _check_range(f: dataclasses.Field[Any], value: Any) -> None:
         raise BadRequest(f"{f.name} is {value!r}; give a number {bounds} ({what})")
 
 
-def _checked_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
-    if isinstance(messages, (str, bytes, Mapping)) or not messages:
+def _checked_stop(stop: Any) -> str | list[str] | tuple[str, ...] | None:
+    """`stop` as it was given, but for a copy of a list. Raises BadRequest for what holds no stop strings."""
+    if stop is None:
+        return None
+    if isinstance(stop, (bytes, Mapping)) or not isinstance(stop, Iterable):
+        raise BadRequest(f"stop is {stop!r:.80}; give a str or a list of str")
+    kept = stop if isinstance(stop, str) else _copied(stop)
+    for s in [kept] if isinstance(kept, str) else kept:
+        if not isinstance(s, str) or not s:
+            raise BadRequest(f"stop holds {s!r}; each stop string must be a non-empty str")
+    return kept
+
+
+def _copied(items: Iterable[Any]) -> list[Any] | tuple[Any, ...]:
+    """A list for a list, so that a field equals what it was given; a tuple for anything else."""
+    return list(items) if isinstance(items, list) else tuple(items)
+
+
+def _checked_messages(messages: Any) -> Sequence[Message]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise BadRequest(f"messages is {messages!r:.80}; give a non-empty list of {{'role': …, 'content': …}}")
+    kept: Sequence[Message] = _copied(messages)
+    if not kept:
         raise BadRequest("messages must be a non-empty list of {'role': …, 'content': …}")
-    for i, message in enumerate(messages):
+    for i, message in enumerate(kept):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRequest(f"messages[{i}] is {message!r}; each message is a mapping with a 'role' and a 'content'")
-    return tuple(messages)
+    return kept
 
 
 @dataclass(frozen=True)
