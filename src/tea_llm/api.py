@@ -6,7 +6,6 @@ params ─chat_body→ Request ─Io.send→ response ─Answer.feed→ chunks �
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from .api_format import (
     vectors_of,
 )
 from .api_io import HTTPX_ERRORS, Clients, Io, error_class, run_blocking
-from .backend import RequestBackend
+from .backend import RequestBackend, check_plain, sentence
 from .errors import (
     ApiConnectionError,
     ApiError,
@@ -71,12 +70,13 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Effort:
-    """What it takes to get one answer: requests sent, seconds waited between them, whether text was handed out."""
+    """What it takes to get one answer: requests sent, seconds waited between them, what became of the text."""
 
     attempts: int = 0
     total_delay_s: float = 0.0
     retry_after_s: float | None = None
     handed_out: bool = False
+    callback_error: LlmError | None = None  # the caller's own, not the API's
 
 
 class _Asking:
@@ -158,16 +158,22 @@ class _Asking:
         if "text/event-stream" not in response.headers.get("content-type", ""):
             result = await self.whole_answer(request, response, model)
             if result.content:
-                self._effort.handed_out = True
-                await self._io.hand_out(on_chunk, result.content)
+                await self._hand_out(on_chunk, result.content)
             return result
         answer = Answer(model)
         async with aclosing(self._chunks(request, response, answer)) as chunks:
             async for chunk in chunks:
-                self._effort.handed_out = True
-                if await self._io.hand_out(on_chunk, chunk) is False:
+                if await self._hand_out(on_chunk, chunk) is False:
                     return answer.result("cancelled")
         return answer.result()
+
+    async def _hand_out(self, on_chunk: ChunkCallback, chunk: str) -> object:
+        self._effort.handed_out = True
+        try:
+            return await self._io.hand_out(on_chunk, chunk)
+        except LlmError as error:
+            self._effort.callback_error = error
+            raise
 
     @contextmanager
     def understanding(self, request: Request, reply: Any) -> Iterator[None]:
@@ -334,8 +340,7 @@ class ApiLlmBackend(RequestBackend):
 
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer `params`; with `on_chunk`, hand out each chunk of text as soon as it is there."""
-        if inspect.iscoroutinefunction(on_chunk):
-            raise BadRequest("the callback is a coroutine function; use agenerate or astream, or give a plain function")
+        check_plain(on_chunk)
         io = self._clients.blocking()
         return run_blocking(self._answered(lambda effort: self._generate(io, effort, params, on_chunk)))
 
@@ -386,10 +391,10 @@ class ApiLlmBackend(RequestBackend):
         except (Cancelled, EngineClosed):
             raise
         except LlmError as error:
-            if local is None:
+            if local is None or error is effort.callback_error:
                 raise
             raise FallbackError(
-                f"{local} The API could not answer in its place: {error}", (("local", local), ("api", error))
+                f"{sentence(local)} The API could not answer in its place: {error}", (("local", local), ("api", error))
             ) from error
         return dataclasses.replace(
             result,

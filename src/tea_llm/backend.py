@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -27,6 +28,22 @@ async def _to_thread(function: Callable[..., _R], *args: Any, **kwargs: Any) -> 
     import asyncio  # 50 ms to import, which a program without an event loop need not wait for
 
     return await asyncio.to_thread(function, *args, **kwargs)
+
+
+def _awaited_in_this_loop(callback: ChunkCallback) -> ChunkCallback:
+    """`callback` for another thread: what it awaits, it awaits in the running loop."""
+    if not inspect.iscoroutinefunction(callback):
+        return callback
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    return lambda chunk: asyncio.run_coroutine_threadsafe(callback(chunk), loop).result()
+
+
+def check_plain(on_chunk: ChunkCallback | None) -> None:
+    """Raise BadRequest for a coroutine function: without an event loop nobody would await it."""
+    if inspect.iscoroutinefunction(on_chunk):
+        raise BadRequest("the callback is a coroutine function; use agenerate or astream, or give a plain function")
 
 
 class LlmBackend(ABC):
@@ -77,7 +94,7 @@ class LlmBackend(ABC):
 
     async def astream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
         """`stream` for asyncio; `callback` may be a coroutine function."""
-        return await _to_thread(self.stream, params, callback)
+        return await _to_thread(self.stream, params, _awaited_in_this_loop(callback))
 
     async def astream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
         """`stream_chat` for asyncio; `callback` may be a coroutine function."""
@@ -218,7 +235,8 @@ def _open(
         if not choice.falls_back:
             raise
         what = "" if isinstance(exc, ModelNotFound) else "Failed to load local LLM: "
-        logger.warning("%s%s Falling back to API backend", what, _sentence(exc))
+        logger.warning("%s%s Falling back to API backend", what, sentence(exc))
+        logger.info("LLM backend: API")
         return _api(choice.settings, exc)
     logger.info("LLM backend: local, %s", choice.path)
     return _LocalThenApi(backend, choice.settings) if each_call and choice.falls_back else backend
@@ -250,7 +268,8 @@ def _api(settings: LlmSettings, fault: BaseException | None = None) -> RequestBa
     return ApiLlmBackend(settings, fallback_from=fault)
 
 
-def _sentence(exc: BaseException) -> str:
+def sentence(exc: BaseException) -> str:
+    """What an error says, ended by a full stop so that another sentence can follow."""
     text = str(exc)
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
@@ -266,6 +285,7 @@ class _LocalThenApi(RequestBackend):
 
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer on the local model, or on the API with the reason why."""
+        check_plain(on_chunk)
         watched = on_chunk and _Watched(on_chunk)
         try:
             return self._first.generate(params, watched)
@@ -302,7 +322,7 @@ class _LocalThenApi(RequestBackend):
         """Who answers after `exc`; raises it where nobody may."""
         if isinstance(exc, EngineClosed) or (watched and watched.n_chunks):
             raise exc
-        logger.warning("The local model could not answer: %s Falling back to API backend", _sentence(exc))
+        logger.warning("The local model could not answer: %s Falling back to API backend", sentence(exc))
         return _api(self._settings, exc)
 
     def is_available(self) -> bool:

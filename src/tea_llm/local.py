@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backend import RequestBackend
+from .backend import RequestBackend, check_plain
 from .chat import format_chat_prompt, message_text
 from .errors import BadRequest, EngineClosed, ExtensionMissing
 from .models import get_model_info
@@ -110,6 +110,7 @@ class LocalLlmBackend(RequestBackend):
     # --- text ---------------------------------------------------------------------------------------------------------
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer `params` on the local model; see LlmBackend."""
+        check_plain(on_chunk)
         answer = _Answer(self.model, on_chunk)
         with self._open_engine().submit(self._text_request(params, on_chunk), timeout_s=params.timeout_s) as ticket:
             for chunk in ticket:
