@@ -87,6 +87,12 @@ def test_streamed_text_goes_to_stderr(tea: Command) -> None:
     assert done.stderr == "Hello.\n"
 
 
+def test_what_a_node_prints_goes_to_stderr(tea: Command) -> None:
+    done = tea("run", tea.file("w.yaml", "nodes:\n  - name: a\n    run: |\n      print('hey')\n      return {'x': 1}\n"))
+    assert json.loads(done.stdout) == {"x": 1}
+    assert done.stderr == "hey\n"
+
+
 def test_the_command_line_chooses_the_backend_over_the_file(tea: Command) -> None:
     settings = "settings: {llm: {backend: local, fallback: error}}\n"
     node = settings + "nodes:\n  - {name: a, uses: llm.stream, with: {prompt: x}}\n"

@@ -167,6 +167,15 @@ def test_templates_see_variables_settings_env_secrets_and_the_last_result(monkey
     assert state == {"q": 5, "x": 5, "v": "from env!", "s": 1, "e": "from env", "k": "from env"}
 
 
+def test_templates_in_settings_are_rendered_before_use() -> None:
+    workflow = {
+        "settings": {"greeting": "Hello {{ variables.who }}", "llm": {"model": "{{ variables.who }}"}},
+        "variables": {"who": "you"},
+        "nodes": [{"name": "a", "output": {"said": "{{ settings.greeting }}", "model": "{{ settings.llm.model }}"}}],
+    }
+    assert run(workflow) == {"said": "Hello you", "model": "you"}
+
+
 def test_input_goes_over_the_initial_state_and_is_no_template() -> None:
     workflow = {"variables": {"v": 1}, "initial_state": {"a": "{{ variables.v }}", "b": 2}, "nodes": [{"name": "n"}]}
     given = {"b": "{{ variables.v }}"}
@@ -362,6 +371,7 @@ def test_a_failing_branch_fails_the_run_with_its_nodes_name() -> None:
     [
         ({"run": "raise KeyError('x')"}, "KeyError: 'x'"),
         ({"run": "return [1]"}, "return a dict"),
+        ({"run": "raise SystemExit(3)"}, "SystemExit: 3"),
         ({"uses": "llm.call"}, "Missing required parameter: prompt or messages"),
         ({"uses": "llm.call", "with": {"prompt": "{{ 1 / 0 }}"}}, "ZeroDivisionError"),
         ({"uses": "fail"}, "as it said"),
@@ -427,6 +437,9 @@ nodes:
         ("  - name: b\n    uses: llm.cal\n", 8, "unknown action 'llm.cal'; did you mean 'llm.call'?"),
         ("  - name: b\n    goto: frist\n", 8, "unknown node 'frist' in 'to'; did you mean 'first'?"),
         ("  - name: b\n    goto:\n      - if: x\n        to: frist\n", 10, "unknown node 'frist'"),
+        ("  - name: b\n    goto:\n      - to: [first]\n", 9, "unknown node ['first']"),
+        ("edges:\n  - {from: {a: b}, to: [first]}\n", 8, "unknown node {'a': 'b'} in 'from'"),
+        ("settings: {a: '{{ x. }}'}\n", 7, "doesn't parse"),
         ("  - name: b\n    goto:\n      - iff: x\n        to: first\n", 9, "unknown key 'iff'"),
         ("  - name: first\n", 7, "node 'first' is there twice"),
         ("  - uses: llm.call\n", 7, "has the name None"),
@@ -497,6 +510,17 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x00\xff\xfe\x03")
     with pytest.raises(WorkflowError, match=r"flow\.yaml"):
         run(path)
+
+
+@pytest.mark.parametrize("workflow", [None, 3, b"flow.yaml", ["nodes"]])
+def test_what_is_neither_a_path_nor_a_dict_is_refused(workflow: Any) -> None:
+    with pytest.raises(WorkflowError, match="give the path of a workflow file, or a dict"):
+        run(workflow)
+
+
+def test_a_gguf_that_is_no_path_is_refused() -> None:
+    with pytest.raises(SettingsError, match="give the path of a file"):
+        run({"nodes": [{"name": "a"}]}, gguf=3)
 
 
 def test_a_mistake_in_a_dict_says_where_it_is() -> None:

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
     from .workflow import run_workflow  # here, since no other command needs YAML and Jinja2
 
     given = _input(args.input)
-    with _loading() as progress:
+    with _loading() as progress, redirect_stdout(sys.stderr):  # stdout is for the state, whatever a node prints
         state = run_workflow(args.file, given, gguf=args.gguf, backend=args.backend, progress=progress)
     _print_json(state)
     return _OK

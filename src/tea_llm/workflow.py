@@ -82,6 +82,7 @@ def run_workflow(
     own = backend if isinstance(backend, LlmBackend) else None
     if backend is not None and own is None:
         LlmSettings(backend=str(backend))  # raises for a name that is none
+    LlmSettings(model_path=gguf or None)  # type: ignore[arg-type]  # raises for what is no path
     overrides = {"model_path": os.fspath(gguf) if gguf else None, "backend": None if own else backend}
     pool = BackendPool(progress=progress)
     engine = _Engine(
@@ -134,8 +135,9 @@ class _Run:
 
     def _leave(self, name: str, state: dict[str, Any], result: Any) -> tuple[str, list[Any] | None]:
         """Where to go from a node, and after a fork what its branches gave."""
-        workflow, scope = self._workflow, self._scope(state, result)
+        workflow = self._workflow
         try:
+            scope = self._scope(state, result)
             if fork := workflow.fork_after(name):
                 routes = [route for route in fork.routes if holds(route.when, scope) == route.expected]
                 return fork.fan_in, self._branch(routes, fork.fan_in, state, result)
@@ -171,7 +173,7 @@ class _Run:
         try:
             result = self._result(node, state, previous)
             updates = self._updates(node, state, result)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:  # a node's exit() ends the node, not the program it runs in
             self._tell(event="error", node=node.name, duration_s=time.perf_counter() - started, error=str(exc))
             text = str(exc) if isinstance(exc, LlmError) else f"{type(exc).__name__}: {exc}"
             place = _place_in_code(exc, node.code) or node.place
@@ -217,11 +219,11 @@ class _Run:
         scope = {
             "state": state,
             "variables": self._engine.variables,
-            "settings": self._workflow.settings,
             "env": os.environ,
             "secrets": self._engine.secrets,
             "result": result,
         }
+        scope["settings"] = render(self._workflow.settings, scope)
         return scope | {key: state[key] for key in ("parallel_results",) if key in state}
 
     def _tell(self, **event: Any) -> None:

@@ -226,6 +226,8 @@ def load_workflow(workflow: str | os.PathLike[str] | Mapping[str, Any], actions:
     """
     if isinstance(workflow, Mapping):
         return _Checker(None, {}, actions).workflow(workflow)
+    if not isinstance(workflow, (str, os.PathLike)):
+        raise WorkflowError(f"The workflow is {kind_of(workflow)}; give the path of a workflow file, or a dict")
     data, lines = _read_file(workflow)
     return _Checker(os.fspath(workflow), lines, actions).workflow(data)
 
@@ -248,7 +250,7 @@ class _Checker:
             if key in data:
                 logger.warning("%s: %r is for The Edge Agent and has no effect here", self._place((key,)), key)
         parts = {key: self._mapping(data, (key,)) for key in ("settings", "variables", "initial_state", "state_schema")}
-        for key in ("variables", "initial_state"):
+        for key in ("variables", "initial_state", "settings"):
             self._check_templates(parts[key], (key,))
         nodes = self._nodes(data)
         edges, forks = self._edges(data, nodes)
@@ -381,7 +383,7 @@ class _Checker:
                 self._check_target(source, path, nodes, "from", ends=False)
             self._check_target(item.get("to"), path, nodes)
             self._add_edge(str(source), self._edge_route(item, path), item, path, edges, forks, nodes)
-            if source in nodes and nodes[str(source)].goto:
+            if str(source) in nodes and nodes[str(source)].goto:
                 logger.warning("%s: the edge has no effect, since %r has a goto", self._place(path), source)
         return edges, forks
 
@@ -458,7 +460,7 @@ class _Checker:
     def _check_target(
         self, target: Any, path: _Path, names: Collection[str], key: str = "to", *, ends: bool = True
     ) -> None:
-        if target not in names and not (ends and target == END):
+        if not isinstance(target, str) or (target not in names and not (ends and target == END)):
             what = f"unknown node {target!r} in {key!r}" if target is not None else f"{key!r} is missing"
             self._report((*path, key), f"{what}; {_nearest(str(target), names)}")
 
