@@ -88,9 +88,9 @@ def test_streamed_text_goes_to_stderr(tea: Command) -> None:
 
 
 def test_what_a_node_prints_goes_to_stderr(tea: Command) -> None:
-    done = tea("run", tea.file("w.yaml", "nodes:\n  - name: a\n    run: |\n      print('hey')\n      return {'x': 1}\n"))
+    done = tea("run", tea.file("w.yaml", "nodes:\n  - name: a\n    run: |\n      print('hi')\n      return {'x': 1}\n"))
     assert json.loads(done.stdout) == {"x": 1}
-    assert done.stderr == "hey\n"
+    assert done.stderr == "hi\n"
 
 
 def test_the_command_line_chooses_the_backend_over_the_file(tea: Command) -> None:
