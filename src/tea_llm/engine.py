@@ -488,7 +488,8 @@ def _core_of(cpu: int) -> str:
 
 # --- the engines of this process --------------------------------------------------------------------------------------
 _engines: dict[tuple[Any, ...], Engine] = {}
-_engines_lock = threading.Lock()
+_engines_lock = threading.RLock()  # reentrant: a backend can be collected, and so released, in the middle of anything
+_load_lock = threading.Lock()  # one load at a time, during which other engines are shared and released
 
 
 def open_engine(
@@ -498,13 +499,26 @@ def open_engine(
 
     A file that was replaced on disk is another file. Give it back with `release_engine`. Raises what `Engine` raises.
     """
-    with _engines_lock:
-        key = (os.getpid(), *_identity(path), options)
-        engine = _engines.get(key)
-        if engine is None:
-            engine = _engines[key] = Engine(path, options, on_progress)
-        engine.n_users += 1
+    key = (os.getpid(), *_identity(path), options)
+    if engine := _shared(key):
         return engine
+    with _load_lock:
+        if engine := _shared(key):  # loaded while this thread waited
+            return engine
+        engine = Engine(path, options, on_progress)
+        with _engines_lock:
+            engine.n_users = 1
+            _engines[key] = engine
+        return engine
+
+
+def _shared(key: tuple[Any, ...]) -> Engine | None:
+    """The engine that is loaded already, with one more user."""
+    with _engines_lock:
+        engine = _engines.get(key)
+        if engine is not None:
+            engine.n_users += 1
+        return engine if key in _engines else None  # its last backend may have been collected in between
 
 
 def release_engine(engine: Engine) -> None:
@@ -528,9 +542,9 @@ def _identity(path: str) -> tuple[Any, ...]:
 
 
 def _forget_all() -> None:
-    """In a child process after fork(): the engines' threads stayed with the parent, and so may have the lock."""
-    global _engines_lock
-    _engines_lock = threading.Lock()
+    """In a child process after fork(): the engines' threads stayed with the parent, and so may have the locks."""
+    global _engines_lock, _load_lock
+    _engines_lock, _load_lock = threading.RLock(), threading.Lock()
     _engines.clear()
 
 
