@@ -547,7 +547,7 @@ cdef class Context:
         if embeddings and llama_get_pooling_type(ctx) not in _POOLS_TO_ONE_VECTOR:
             raise errors.BadRequest(
                 f"pooling {self.pooling!r} does not make one vector of a text; choose 'mean', 'cls' or 'last'")
-        self.n_ctx = llama_n_ctx(ctx)
+        self.n_ctx = min(llama_n_ctx(ctx), params.n_ctx)  # it rounds up to 256
         self.n_batch = llama_n_batch(ctx)
         thread_params = ggml_threadpool_params_default(n_threads)
         self._threads = ggml_threadpool_new(&thread_params)
