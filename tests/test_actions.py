@@ -251,6 +251,15 @@ def test_a_number_is_a_fine_prompt() -> None:
     assert _actions(llm_backend=Parrot())["llm.call"](state={}, prompt=42)["content"] == "42"
 
 
+def test_a_timeout_in_the_settings_bounds_a_call_unless_the_node_says_otherwise() -> None:
+    parrot = Parrot()
+    call = _actions({"timeout": 7}, llm_backend=parrot)["llm.call"]
+    call(state={}, prompt="a")
+    call(state={}, prompt="a", timeout=3)
+    _actions(llm_backend=parrot)["llm.call"](state={}, prompt="a")
+    assert [params.timeout_s for params in parrot.asked] == [7, 3, None]
+
+
 def test_sampling_fields_travel_in_the_request() -> None:
     parrot = Parrot()
     said = {"top_k": 5, "seed": 1, "stop": ["x"], "truncate": True, "timeout": 3}
@@ -485,6 +494,18 @@ def test_a_tool_that_fails_tells_the_model(
     assert words in json.loads(result["tool_results"][0]["result"])["error"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tools", 3), ("tools", "add"), ("tools", {"name": "add"}), ("max_tool_rounds", "x"), ("max_tool_rounds", -1)],
+)
+def test_a_bad_parameter_of_llm_tools_is_refused_by_name(
+    server: ApiServer, adding: Actions, name: str, value: Any
+) -> None:
+    result = adding["llm.tools"](state={}, **{"prompt": "?", "tools": [ADD], name: value})
+    assert result["error"].startswith(f"{name} is")
+    assert not server.seen
+
+
 def test_a_tool_without_an_action_is_noted(server: ApiServer, actions: Actions) -> None:
     server.replies = [_tool_call("look", "{}"), chat("Done.")]
     result = actions["llm.tools"](state={}, prompt="?", tools=[{"name": "look"}])
@@ -500,7 +521,8 @@ def test_the_rounds_are_bounded(server: ApiServer, adding: Actions) -> None:
 
 @pytest.mark.parametrize(
     ("tool", "words"),
-    [("add", "tools[0]"), ({"description": "x"}, "has no name"), ({"name": "x", "action": "no.such"}, "no.such")],
+    [("add", "tools[0]"), ({"description": "x"}, "has no name"), ({"name": "x", "action": "no.such"}, "no.such"),
+     ({"name": "x", "action": ["a"]}, "tools[0].action is ['a']")],
 )
 def test_a_bad_tool_is_an_error_before_anything_is_sent(
     server: ApiServer, actions: Actions, tool: Any, words: str

@@ -235,13 +235,22 @@ def test_the_first_model_that_a_server_lists_is_asked_for_once(server: ApiServer
     assert [result.attempts for result in results] == [1, 1]
 
 
-@pytest.mark.parametrize("reply", [failure(404), json_reply({"data": []})])
-def test_a_server_that_lists_no_model_needs_one_in_the_settings(
-    server: ApiServer, backend: ApiLlmBackend, reply: Reply
-) -> None:
-    server.replies = [reply]
+def test_a_server_that_has_no_model_needs_one_in_the_settings(server: ApiServer, backend: ApiLlmBackend) -> None:
+    server.replies = [json_reply({"data": []})]
     with pytest.raises(SettingsError, match=r"set llm\.model"):
         backend.call(LlmCallParams("a"))
+
+
+@pytest.mark.parametrize(
+    "reply", [failure(404), failure(501), failure(500), json_reply([]), chat(), Reply(hang_up=True)]
+)
+def test_a_server_without_a_list_of_models_is_asked_for_openais_default(
+    server: ApiServer, backend: ApiLlmBackend, reply: Reply
+) -> None:
+    server.replies = [reply, failure(500), chat("Hi.")]
+    result = backend.call(LlmCallParams("a", extra={"max_retries": 1, "base_delay": 0}))
+    assert (result.content, result.attempts) == ("Hi.", 2)
+    assert [(seen.method, (seen.body or {}).get("model")) for seen in server.seen[-2:]] == [("POST", "gpt-4o-mini")] * 2
 
 
 @pytest.mark.parametrize("key", ["sk-1\n", "sk-1\r\nX-Injected: 1", "sk-1 ", "schlüssel"])
@@ -589,11 +598,23 @@ def test_a_timeout_in_a_stream_keeps_the_text_and_is_not_retried(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_retries", -1), ("max_retries", 1.5), ("base_delay", "soon"), ("max_delay", math.inf)]
+    ("name", "value"),
+    [("max_retries", -1), ("max_retries", 1.5), ("base_delay", "soon"), ("max_delay", math.inf), ("max_delay", 1e300)],
 )
 def test_a_bad_retry_knob_is_refused_by_name(backend: ApiLlmBackend, name: str, value: Any) -> None:
     with pytest.raises(BadRequest, match=f"^{name} is"):
         backend.call(dataclasses.replace(HELLO, extra={name: value}))
+
+
+@pytest.mark.parametrize("timeout_s", ["3", -1, math.nan, 1e300])
+def test_a_bad_timeout_of_an_embedding_is_refused_by_name(backend: ApiLlmBackend, timeout_s: Any) -> None:
+    with pytest.raises(BadRequest, match=r"^timeout_s is"):
+        backend.embed("a", model="m", timeout_s=timeout_s)
+
+
+def test_no_time_at_all_is_a_timeout(backend: ApiLlmBackend) -> None:
+    with pytest.raises(ApiTimeout):
+        backend.call(dataclasses.replace(HELLO, timeout_s=0))
 
 
 def test_every_httpx_error_is_one_of_ours() -> None:

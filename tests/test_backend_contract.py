@@ -441,6 +441,81 @@ def test_messages_that_are_none_are_a_bad_request(any_backend, messages):
             ask()
 
 
+@pytest.mark.parametrize("params", [None, "Once", {"prompt": "Once"}])
+def test_a_request_that_is_none_is_a_bad_request(backend, params):
+    asks = (
+        lambda: backend.call(params),
+        lambda: backend.stream(params, print),
+        lambda: asyncio.run(backend.acall(params)),
+        lambda: asyncio.run(backend.astream(params, print)),
+    )
+    for ask in asks:
+        with pytest.raises(BadRequest, match="give LlmCallParams"):
+            ask()
+
+
+def test_a_callback_that_can_not_be_called_is_a_bad_request(backend, stream_with):
+    with pytest.raises(BadRequest, match="callback is 3"):
+        stream_with(backend, HELLO_PARAMS, 3)
+
+
+@pytest.mark.parametrize("text", [None, 3, b"Once", {"Once": 1}, [None], ["Once", 3]])
+def test_a_text_that_is_none_is_a_bad_request(backend, text):
+    texts = text if isinstance(text, list) else [text]
+    asks = (
+        lambda: backend.embed(text),
+        lambda: asyncio.run(backend.aembed(text)),
+        lambda: backend.embeddings(text if not isinstance(text, dict) else texts),
+        lambda: asyncio.run(backend.aembeddings(texts)),
+    )
+    for ask in asks:
+        with pytest.raises(BadRequest, match="text"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dimensions", 0), ("dimensions", "3"), ("dimensions", 1.5), ("dimensions", True), ("dimensions", 10**9),
+     ("timeout_s", "3"), ("timeout_s", -1), ("timeout_s", math.nan), ("timeout_s", 1e300)],
+)  # fmt: skip
+def test_an_embedding_option_that_is_none_is_refused_by_name(backend, name, value):
+    with pytest.raises(BadRequest, match=name):
+        backend.embed("Once", **{name: value})
+    with pytest.raises(BadRequest, match=name):
+        asyncio.run(backend.aembed("Once", **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_ctx", -1), ("n_ctx", "many"), ("n_ctx", 1.5), ("n_ctx", math.nan), ("n_ctx", True), ("n_batch", 0),
+     ("n_batch", "x"), ("n_threads", -3), ("n_threads", 1.5), ("n_gpu_layers", "all"), ("n_gpu_layers", 10**12),
+     ("pooling", "sum"), ("pooling", 3), ("chat_format", 3), ("embedding_model_path", 3)],
+)  # fmt: skip
+def test_a_bad_option_of_a_local_backend_is_refused_by_name(chat_model, name, value):
+    with pytest.raises(SettingsError, match=rf"LocalLlmBackend\.{name} is"):
+        LocalLlmBackend(chat_model, **{name: value})
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model.gguf", ["model.gguf"], "a\0b", ""])
+def test_what_is_no_path_of_a_model_is_an_llm_error(path):
+    with pytest.raises((SettingsError, ModelNotFound)):
+        LocalLlmBackend(path)
+
+
+def test_api_parameters_that_change_nothing_are_no_fault_of_a_local_call(chat_model):
+    plain = {"n": 1, "logprobs": False, "tools": [], "response_format": {"type": "text"}}
+    with LocalLlmBackend(chat_model, n_threads=1) as backend:
+        assert backend.chat(HELLO, **GREEDY, extra=plain).content == GREETING
+        for name, value in {"n": 2, "logprobs": True, "response_format": {"type": "json_object"}}.items():
+            with pytest.raises(BadRequest, match=name):
+                backend.chat(HELLO, extra={name: value})
+
+
+def test_messages_that_no_json_holds_are_a_bad_request(chat_model):
+    with LocalLlmBackend(chat_model, n_threads=1) as backend, pytest.raises(BadRequest, match="JSON"):
+        backend.chat([{"role": "user", "content": "Hello!", "more": object()}])
+
+
 @pytest.mark.parametrize(
     ("ask", "kind"),
     [
@@ -726,6 +801,26 @@ def test_which_backend_answers_and_what_the_log_says(places, caplog, name):
         assert type(backend) is decision.kind
     said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "tea_llm"]
     assert said == [(level, text.format(**places)) for level, text in decision.log]
+
+
+@pytest.mark.parametrize("settings", [3, "local", ["llm"], {"llm": 3}])
+def test_settings_that_are_no_mapping_are_refused(settings):
+    for make in (create_llm_backend, ApiLlmBackend):
+        with pytest.raises(SettingsError, match="give a mapping"):
+            make(settings)
+
+
+def test_a_backend_on_the_command_line_that_is_none_is_refused():
+    with pytest.raises(SettingsError, match=r"llm\.backend is 'cloud'"):
+        create_llm_backend({}, SimpleNamespace(cli_overrides={"backend": "cloud"}))
+
+
+def test_templates_in_settings_are_rendered_before_use(chat_model, monkeypatch):
+    monkeypatch.setenv("TEA_TEST_DIR", str(chat_model.parent))
+    llm = {"backend": "local", "model_path": "{{ env.TEA_TEST_DIR }}/{{ variables.name }}.gguf"}
+    engine = SimpleNamespace(variables={"name": chat_model.stem})
+    with create_llm_backend({"llm": llm}, engine) as backend:
+        assert backend.model_path == str(chat_model)
 
 
 def test_settings_without_llm_and_no_engine_mean_the_api():

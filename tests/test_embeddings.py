@@ -208,7 +208,7 @@ def test_pooling_is_chosen_by_name(shared_models):
     assert vectors["mean"] not in (vectors["cls"], vectors["last"])
 
 
-@pytest.mark.parametrize("pooling", ["none", "rank", "average"])
+@pytest.mark.parametrize("pooling", ["none", "rank"])
 def test_a_pooling_that_makes_no_vector_of_a_text_is_refused(shared_models, pooling):
     with LocalLlmBackend(shared_models / SCRIPTED, pooling=pooling) as backend, pytest.raises(BadRequest):
         backend.embed("x")

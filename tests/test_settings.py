@@ -53,6 +53,7 @@ BAD = [
     ("model_path", 3, "give the path of a file"),
     ("model_path", b"/m", "give the path of a file"),
     ("embedding_model_path", ["a"], "give the path of a file"),
+    ("timeout", 1e300, "give a number"),
     ("n_ctx", -1, "-1; give a whole number of at least 0"),
     ("n_ctx", 2**31, "give a whole number"),
     ("n_ctx", 10**400, "give a whole number"),

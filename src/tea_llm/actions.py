@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .backend import BackendPool, LlmBackend, RequestBackend
+from .backend import BackendPool, LlmBackend, RequestBackend, rendered_llm
 from .errors import ApiError, BadRequest, FallbackError, LlmError
 from .models import resolve_model_path
 from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message
@@ -59,16 +59,7 @@ class _Room:
         llm = _mapping(settings.get("llm")) or _mapping(getattr(self.engine, "llm_settings", None))
         if not llm:
             return {}
-        from .template import render  # here, so that actions without settings do without Jinja2
-
-        scope = {
-            "state": state,
-            "variables": _mapping(getattr(self.engine, "variables", None)),
-            "secrets": _mapping(getattr(self.engine, "secrets", None)),
-            "settings": settings,
-            "env": os.environ,
-        }
-        return dict(render(llm, scope))
+        return dict(rendered_llm(llm, self.engine, settings=settings, state=state))
 
     @property
     def cli(self) -> Mapping[str, Any]:
@@ -112,6 +103,7 @@ class Ask:
     values: Mapping[str, Any]
     more: Mapping[str, Any]
     settings: LlmSettings
+    limit_s: float | None = None  # `timeout` of settings.llm, where it has one
 
     @property
     def backend(self) -> LlmBackend:
@@ -124,6 +116,12 @@ class Ask:
         """The model name that the node gave, unless it is a file to load."""
         model = self.said.get("model")
         return None if _is_model_file(model, self.settings) else model
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The seconds that the node, else settings.llm, gives the call; None where neither does."""
+        seconds: float | None = self.said.get("timeout", self.limit_s)
+        return seconds
 
     @property
     def further(self) -> dict[str, Any]:
@@ -145,7 +143,7 @@ class Ask:
             max_tokens=self.values["max_tokens"],
             temperature=self.values["temperature"],
             stop=self.values["stop"],
-            timeout_s=self.said.get("timeout"),
+            timeout_s=self.timeout_s,
             extra={**self.further, **extra},
             **fields,
         )
@@ -222,7 +220,7 @@ def _vectors(ask: Ask, texts: list[str]) -> LlmEmbedResult:
     backend, options = ask.backend, {"normalize": ask.values["normalize"], "dimensions": ask.values["dimensions"]}
     if not isinstance(backend, RequestBackend):
         return LlmEmbedResult(backend.embed(texts, **options), model=type(backend).__name__)
-    said = {"timeout_s": ask.said.get("timeout"), "truncate": ask.more.get("truncate")}
+    said = {"timeout_s": ask.timeout_s, "truncate": ask.more.get("truncate")}
     options |= {name: value for name, value in said.items() if value is not None}
     return backend.embeddings(texts, model=ask.model, **options, **ask.further)
 
@@ -231,15 +229,19 @@ def _tools(ask: Ask) -> dict[str, Any]:
     """Answer with the help of `tools`: run the action of each tool the model calls, feed back what it gave, repeat."""
     if ask.room.answers_locally(ask.settings):
         raise BadRequest("llm.tools can't call tools with a local model yet; set backend: api for this node")
-    known = ask.room.actions()
-    tools = [_Tool.from_mapping(tool, i, known) for i, tool in enumerate(ask.values["tools"] or ())]
+    known, given, n_rounds = ask.room.actions(), ask.values["tools"], ask.values["max_tool_rounds"]
+    if not isinstance(given, list | tuple | None):
+        raise BadRequest(f"tools is {given!r:.80}; give a list of {{name, description, parameters, action}}")
+    if type(n_rounds) is not int or n_rounds < 0:
+        raise BadRequest(f"max_tool_rounds is {n_rounds!r}; give a whole number of at least 0")
+    tools = [_Tool.from_mapping(tool, i, known) for i, tool in enumerate(given or ())]
     by_name = {tool.name: tool for tool in tools}
     messages: list[Message] = list(ask.messages(chat=True) or ())
     body = {"tools": [tool.schema for tool in tools], "tool_choice": ask.values["tool_choice"]} if tools else {}
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     answer: dict[str, Any] = {"content": "", "tool_calls": calls, "tool_results": results, "rounds": 0}
-    while answer["rounds"] < ask.values["max_tool_rounds"]:
+    while answer["rounds"] < n_rounds:
         result = ask.backend.call(ask.params(messages=messages, **body))
         answer.update(_as_dict(result), tool_calls=calls)
         if not result.tool_calls:
@@ -251,7 +253,7 @@ def _tools(ask: Ask) -> dict[str, Any]:
             calls.append(record)
             results.append({"tool_call_id": record["id"], "name": record["name"], "result": text})
             messages.append({"role": "tool", "tool_call_id": record["id"], "content": text})
-    return {**answer, "warning": f"Max tool rounds ({ask.values['max_tool_rounds']}) reached"}
+    return {**answer, "warning": f"Max tool rounds ({n_rounds}) reached"}
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class _Tool:
         name, action = function.get("name"), tool.get("action")
         if not isinstance(name, str) or not name:
             raise BadRequest(f"tools[{i}] has no name; give it one")
-        if action is not None and action not in known:
+        if action is not None and (not isinstance(action, str) or action not in known):
             raise BadRequest(f"tools[{i}].action is {action!r}, which is no known action; register it first")
         described = {
             **(function if function is not tool else {"description": str(tool.get("description") or "")}),
@@ -435,7 +437,7 @@ def _ask(action: Action, room: _Room, state: Mapping[str, Any], given: Mapping[s
     inherited = {name: getattr(settings, name) for name in ("temperature", "max_tokens") if llm.get(name) is not None}
     values = {name: said.get(name, inherited.get(name, default)) for name, default in action.defaults.items()}
     more = {name: value for name, value in said.items() if name not in action.defaults}
-    return Ask(room, state, said, values, more, settings)
+    return Ask(room, state, said, values, more, settings, settings.timeout if "timeout" in llm else None)
 
 
 def _with_node_settings(settings: LlmSettings, said: Mapping[str, Any], *, embeds: bool) -> LlmSettings:

@@ -43,7 +43,7 @@ from .api_format import (
     vectors_of,
 )
 from .api_io import HTTPX_ERRORS, Clients, Io, error_class, run_blocking
-from .backend import RequestBackend, check_plain, sentence
+from .backend import RequestBackend, check_plain, check_request, checked_texts, sentence
 from .errors import (
     ApiConnectionError,
     ApiError,
@@ -63,6 +63,8 @@ from .settings import ApiEndpoint, LlmSettings, missing_credentials, resolve_api
 __all__ = ["ApiLlmBackend"]
 
 logger = logging.getLogger("tea_llm")
+
+_ASIDE_S = 5.0  # for a question that the answer can do without
 
 _R = TypeVar("_R", LlmCallResult, LlmEmbedResult)
 _T = TypeVar("_T")
@@ -89,8 +91,9 @@ class _Asking:
         self._effort = effort
 
     def apart(self) -> _Asking:
-        """The same way for something else, whose effort isn't this call's."""
-        return _Asking(self._io, self.endpoint, self._patience, _Effort())
+        """The same way for something else: one short attempt, whose effort isn't this call's."""
+        timeout_s = min(self._patience.timeout_s or _ASIDE_S, _ASIDE_S)
+        return _Asking(self._io, self.endpoint, Patience(timeout_s, max_retries=0), _Effort())
 
     def request(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> Request:
         """A request with the endpoint's key. Raises SettingsError for a key that no header can hold."""
@@ -327,9 +330,7 @@ class ApiLlmBackend(RequestBackend):
     """
 
     def __init__(self, settings: Mapping[str, Any] | LlmSettings, *, fallback_from: LlmError | None = None) -> None:
-        if not isinstance(settings, LlmSettings):
-            settings = LlmSettings.from_mapping(settings.get("llm"))
-        self._settings = settings
+        self._settings = LlmSettings.of(settings)
         self._fallback_from = fallback_from
         self._clients = Clients()
         self._served_model: str | None = None  # the first that the server lists, once asked
@@ -388,7 +389,7 @@ class ApiLlmBackend(RequestBackend):
         effort, local = _Effort(), self._fallback_from
         try:
             result = await work(effort)
-        except (Cancelled, EngineClosed):
+        except (BadRequest, Cancelled, EngineClosed):  # the caller's doing, whoever is asked
             raise
         except LlmError as error:
             if local is None or error is effort.callback_error:
@@ -407,6 +408,7 @@ class ApiLlmBackend(RequestBackend):
     async def _generate(
         self, io: Io, effort: _Effort, params: LlmCallParams, on_chunk: ChunkCallback | None
     ) -> LlmCallResult:
+        check_request(params, on_chunk)
         endpoint = self._endpoint()
         asking = _Asking(io, endpoint, patience_of(self._settings, params.extra, params.timeout_s), effort)
         deployment = endpoint.deployment if endpoint.provider == "azure" else None
@@ -434,6 +436,7 @@ class ApiLlmBackend(RequestBackend):
     ) -> LlmEmbedResult:
         if isinstance(texts, str):
             raise BadRequest("embeddings takes a list of texts; for a single one use embed(text)")
+        texts = checked_texts(texts)
         if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
             raise BadRequest(f"dimensions is {dimensions!r}; give a whole number of at least 1")
         endpoint = self._endpoint()
@@ -483,20 +486,23 @@ class ApiLlmBackend(RequestBackend):
             return DEFAULT_MODELS[kind]
         if self._served_model is None:
             self._served_model = await self._first_served(asking)
-        return self._served_model
+        return self._served_model or DEFAULT_MODELS[kind]
 
-    async def _first_served(self, asking: _Asking) -> str:
+    async def _first_served(self, asking: _Asking) -> str | None:
+        """The first model that the server lists; None where it has no such list, or doesn't say.
+
+        Raises SettingsError when the list is empty.
+        """
         asking = asking.apart()
         request = asking.request("GET", url_of(asking.endpoint, "models"))
-        unnamed = f"no model is named, and {request} lists none; set llm.model or give model=…"
         try:
             reply = await asking.ask(request, lambda response: asking.reply(request, response))
-        except ApiStatusError as error:
-            if error.status_code in (404, 405, 501):  # a server without that list
-                raise SettingsError(unnamed) from error
-            raise
-        with asking.understanding(request, reply):
-            served = [str(model["id"]) for model in reply.get("data") or ()]
+        except ApiError as error:  # the call itself meets the same fault, or does without the list
+            logger.info("No model is named, and the server lists none (%s)", error)
+            return None
+        served = reply.get("data")
+        if not isinstance(served, list) or not all(isinstance(model, Mapping) and "id" in model for model in served):
+            return None
         if not served:
-            raise SettingsError(unnamed)
-        return served[0]
+            raise SettingsError(f"no model is named, and {request} lists none; set llm.model or give model=…")
+        return str(served[0]["id"])

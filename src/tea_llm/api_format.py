@@ -14,7 +14,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from .errors import BadRequest, SettingsError
-from .params import LlmCallParams, LlmCallResult, Usage
+from .params import LlmCallParams, LlmCallResult, Usage, check_timeout_s
 from .settings import ApiEndpoint, LlmSettings
 
 __all__ = [
@@ -235,11 +235,13 @@ def patience_of(settings: LlmSettings, extra: Mapping[str, Any], timeout_s: floa
     said = {key: extra[key] for key in _RETRY_KEYS if extra.get(key) is not None}
     for key, value in said.items():
         kinds = int if key == "max_retries" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= 1e9:  # and no NaN
             what = "whole number of retries" if key == "max_retries" else "number of seconds"
             raise BadRequest(f"{key} is {value!r}; give a {what}, 0 or more")
+    check_timeout_s(timeout_s)
     return Patience(
-        timeout_s=settings.timeout if timeout_s is None else timeout_s,
+        # A socket whose timeout is 0 doesn't wait at all, and fails in other ways than by time.
+        timeout_s=settings.timeout if timeout_s is None else max(timeout_s, 1e-3),
         max_retries=said.pop("max_retries", settings.max_retries),
         **said,
     )

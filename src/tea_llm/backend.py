@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -38,6 +39,14 @@ def _awaited_in_this_loop(callback: ChunkCallback) -> ChunkCallback:
 
     loop = asyncio.get_running_loop()
     return lambda chunk: asyncio.run_coroutine_threadsafe(callback(chunk), loop).result()
+
+
+def check_request(params: LlmCallParams, on_chunk: ChunkCallback | None) -> None:
+    """Raise BadRequest for a request or a callback that is none."""
+    if not isinstance(params, LlmCallParams):
+        raise BadRequest(f"the request is {params!r:.60}; give LlmCallParams(prompt, …)")
+    if on_chunk is not None and not callable(on_chunk):
+        raise BadRequest(f"the callback is {on_chunk!r:.60}; give a callable that takes one chunk of text")
 
 
 def check_plain(on_chunk: ChunkCallback | None) -> None:
@@ -149,7 +158,7 @@ class RequestBackend(LlmBackend):
 
     def embed(self, text: str | Sequence[str], **options: Any) -> Any:
         """See `LlmBackend.embed`; `options` are those of `embeddings`."""
-        vectors = self.embeddings(_as_texts(text), **options).embeddings
+        vectors = self.embeddings(checked_texts(text), **options).embeddings
         return vectors[0] if isinstance(text, str) else vectors
 
     async def acall(self, params: LlmCallParams) -> LlmCallResult:
@@ -166,11 +175,14 @@ class RequestBackend(LlmBackend):
 
     async def aembed(self, text: str | Sequence[str], **options: Any) -> Any:
         """`embed` for asyncio."""
-        vectors = (await self.aembeddings(_as_texts(text), **options)).embeddings
+        vectors = (await self.aembeddings(checked_texts(text), **options)).embeddings
         return vectors[0] if isinstance(text, str) else vectors
 
 
-def _as_texts(text: str | Sequence[str]) -> list[str]:
+def checked_texts(text: str | Sequence[str]) -> list[str]:
+    """A text or some texts as a list. Raises BadRequest for anything else."""
+    if isinstance(text, (bytes, Mapping)) or not isinstance(text, Iterable):
+        raise BadRequest(f"text is {text!r:.60}; embed takes a str or a list of str")
     texts = [text] if isinstance(text, str) else list(text)
     for i, t in enumerate(texts):
         if not isinstance(t, str):
@@ -201,14 +213,38 @@ def create_llm_backend(settings: Mapping[str, Any] | LlmSettings, engine: Any = 
 
     Raises SettingsError, and with `fallback: error` ModelError or MemoryError.
     """
-    if not isinstance(settings, LlmSettings):
-        settings = LlmSettings.from_mapping(settings.get("llm"))
-    return _open(_choose(settings, getattr(engine, "cli_overrides", None) or {}))
+    if isinstance(settings, Mapping) and isinstance(settings.get("llm"), Mapping):
+        settings = {**settings, "llm": rendered_llm(settings["llm"], engine, settings=settings)}
+    return _open(_choose(LlmSettings.of(settings), getattr(engine, "cli_overrides", None) or {}))
+
+
+def rendered_llm(
+    llm: Mapping[str, Any],
+    engine: Any,
+    *,
+    settings: Mapping[str, Any],
+    state: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any]:
+    """`settings.llm` with its templates filled in, from the engine's `variables` and `secrets` among others."""
+    if not any("{" in str(value) for value in llm.values()):
+        return llm
+    from .template import render  # here, so that settings without templates do without Jinja2
+
+    scope = {
+        "state": state or {},
+        "variables": getattr(engine, "variables", None) or {},
+        "secrets": getattr(engine, "secrets", None) or {},
+        "settings": settings,
+        "env": os.environ,
+    }
+    rendered: Mapping[str, Any] = render(llm, scope)
+    return rendered
 
 
 def _choose(settings: LlmSettings, cli: Mapping[str, Any]) -> _Choice:
     cli_path = cli.get("model_path")
-    backend = cli.get("backend") or ("local" if cli_path else settings.backend)
+    named = settings.replaced(backend=cli["backend"]).backend if cli.get("backend") else None
+    backend = named or ("local" if cli_path else settings.backend)
     if backend not in ("local", "auto"):
         return _Choice(settings, None)
     if settings.model == "tiny" and not settings.model_path and not cli_path:
@@ -285,6 +321,7 @@ class _LocalThenApi(RequestBackend):
 
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer on the local model, or on the API with the reason why."""
+        check_request(params, on_chunk)
         check_plain(on_chunk)
         watched = on_chunk and _Watched(on_chunk)
         try:
@@ -295,6 +332,7 @@ class _LocalThenApi(RequestBackend):
 
     async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """`generate` for asyncio."""
+        check_request(params, on_chunk)
         watched = on_chunk and _Watched(on_chunk)
         try:
             return await self._first.agenerate(params, watched)

@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backend import RequestBackend, check_plain
+from .backend import RequestBackend, check_plain, check_request, checked_texts
 from .chat import format_chat_prompt, message_text
-from .errors import BadRequest, EngineClosed, ExtensionMissing
+from .errors import BadRequest, EngineClosed, ExtensionMissing, ModelNotFound, SettingsError
 from .models import get_model_info
-from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message
+from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
+from .settings import LlmSettings
 
 if TYPE_CHECKING:
     from .engine import Embedded, EmbedRequest, Engine, EngineOptions, Generated, TextRequest
@@ -39,8 +40,17 @@ _OFF: Mapping[str, Any] = {
 }
 """The value that switches a sampler off, for those where None says so; for the others None is the default."""
 
-_UNSUPPORTED = ("response_format", "tools", "tool_choice", "functions", "logprobs", "top_logprobs", "n")
-"""API parameters that change what the answer is, so that leaving them out in silence would be wrong."""
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "n": (None, 1),
+}
+"""API parameters that change what the answer is, so that leaving them out in silence would be wrong; and the values
+that change nothing."""
 
 _STOPS: Mapping[str | None, tuple[str, ...]] = {
     "chatml": ("<|im_end|>",),
@@ -76,11 +86,19 @@ class LocalLlmBackend(RequestBackend):
         embedding_model_path: str | os.PathLike[str] | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> None:
+        self.model_path = _checked_path("model_path", model_path)
+        self._embedding_model_path = (
+            None if embedding_model_path is None else _checked_path("embedding_model_path", embedding_model_path)
+        )
+        given = {"n_ctx": n_ctx, "n_batch": n_batch, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+        checked = LlmSettings.from_mapping(
+            given | {"pooling": pooling, "chat_format": chat_format}, where=type(self).__name__
+        )
         engine = _engine_room()
-        self.model_path = os.fspath(model_path)
-        self.chat_format = chat_format
-        self._options: EngineOptions = engine.EngineOptions(n_ctx, n_batch, n_threads, n_gpu_layers, pooling)
-        self._embedding_model_path = None if embedding_model_path is None else os.fspath(embedding_model_path)
+        self.chat_format = checked.chat_format
+        self._options: EngineOptions = engine.EngineOptions(
+            checked.n_ctx, checked.n_batch, checked.n_threads, checked.n_gpu_layers, checked.pooling
+        )
         self._progress = progress
         self._engine: Engine | None = engine.open_engine(self.model_path, self._options, progress)
         self._release = weakref.finalize(self, engine.release_engine, self._engine)
@@ -134,8 +152,9 @@ class LocalLlmBackend(RequestBackend):
         return answer.result(ticket.outcome)
 
     def _text_request(self, params: LlmCallParams, on_chunk: ChunkCallback | None) -> TextRequest:
-        for name in _UNSUPPORTED:
-            if params.extra.get(name) is not None:
+        check_request(params, on_chunk)
+        for name, plain in _UNSUPPORTED.items():
+            if params.extra.get(name) not in plain:
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
         if params.extra:
             logger.debug("API parameters without a meaning for a local model: %s", ", ".join(params.extra))
@@ -160,7 +179,7 @@ class LocalLlmBackend(RequestBackend):
             model = self._open_engine().model
             if model.chat_template is not None:
                 plain = [{**m, "content": message_text(m)} for m in messages]
-                return model.render_chat(plain), ()
+                return _rendered(model, plain), ()
             chat_format = get_model_info(self.model_path)["chat_format"]
         return format_chat_prompt(messages, chat_format), _STOPS[chat_format]
 
@@ -175,7 +194,7 @@ class LocalLlmBackend(RequestBackend):
         Raises ContextOverflow for a text that is longer than the model takes, unless `truncate`.
         """
         backend = self._embedding_backend()
-        request = _embed_request(texts, normalize, dimensions, truncate, on_progress)
+        request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
         with backend._open_engine().submit(request, timeout_s=timeout_s) as ticket:
             for _ in ticket:
                 pass
@@ -190,7 +209,7 @@ class LocalLlmBackend(RequestBackend):
         import asyncio
 
         backend = await asyncio.to_thread(self._embedding_backend)
-        request = _embed_request(texts, normalize, dimensions, truncate, on_progress)
+        request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
         loop = asyncio.get_running_loop()
         with backend._open_engine().submit(request, timeout_s=timeout_s, loop=loop) as ticket:
             async for _ in ticket:
@@ -269,6 +288,23 @@ def _engine_room() -> Any:
     return engine
 
 
+def _checked_path(name: str, path: Any) -> str:
+    """`path` as text. Raises SettingsError for what is no path, ModelNotFound for one that no system has."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise SettingsError(f"LocalLlmBackend.{name} is {path!r:.80}; give the path of a GGUF file")
+    if "\0" in text:
+        raise ModelNotFound(f"no model file at {text!r}: a path holds no NUL; check the path")
+    return text
+
+
+def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
+    try:
+        prompt: str = model.render_chat(messages)
+    except TypeError as exc:
+        raise BadRequest(f"messages can't be written as JSON: {exc}; keep them to texts, numbers and mappings") from exc
+    return prompt
+
+
 def _sampling(params: LlmCallParams) -> dict[str, Any]:
     """Keyword arguments of `_llama.Sampler`."""
     sampling: dict[str, Any] = {"temperature": params.temperature, "grammar": params.grammar}
@@ -291,13 +327,17 @@ def _token_id(key: int | str) -> int:
 
 def _embed_request(
     texts: Sequence[str], normalize: bool, dimensions: int | None, truncate: bool,
-    on_progress: Callable[[int], object] | None,
+    on_progress: Callable[[int], object] | None, timeout_s: float | None,
 ) -> EmbedRequest:  # fmt: skip
-    if dimensions is not None and dimensions < 1:
-        raise BadRequest(f"dimensions is {dimensions}; give at least 1, or None for all")
+    check_timeout_s(timeout_s)
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise BadRequest(f"dimensions is {dimensions!r}; give a whole number of at least 1, or None for all")
     # A vector that is to be cut is normalised after the cut.
     request: EmbedRequest = _engine_room().EmbedRequest(
-        tuple(texts), normalize=normalize and dimensions is None, truncate=truncate, on_progress=on_progress
+        tuple(checked_texts(texts)),
+        normalize=normalize and dimensions is None,
+        truncate=truncate,
+        on_progress=on_progress,
     )
     return request
 

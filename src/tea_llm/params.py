@@ -22,6 +22,7 @@ __all__ = [
     "Timings",
     "Unset",
     "Usage",
+    "check_timeout_s",
 ]
 
 Message: TypeAlias = Mapping[str, Any]
@@ -129,6 +130,11 @@ class LlmCallParams:
             for f in dataclasses.fields(self)
             if f.default is UNSET and (value := getattr(self, f.name)) is not UNSET
         }
+
+
+def check_timeout_s(timeout_s: Any) -> None:
+    """Raise BadRequest for what is neither None nor a number of seconds that can be waited."""
+    _check_range(LlmCallParams.__dataclass_fields__["timeout_s"], timeout_s)
 
 
 def _is_text_list(value: Any) -> bool:

@@ -56,8 +56,8 @@ def _some_of(*names: str) -> _Check:
     return check
 
 
-def _number(low: float, *, whole: bool = False, above: bool = False) -> _Check:
-    high = 2**31 - 1 if whole else sys.float_info.max  # a C int; NaN and the infinities are outside too
+def _number(low: float, high: float = sys.float_info.max, *, whole: bool = False, above: bool = False) -> _Check:
+    high = min(high, 2**31 - 1) if whole else high  # a C int; NaN and the infinities are outside too
     kind = "a whole number" if whole else "a number"
     advice = f"give {kind} {'above' if above else 'of at least'} {low:g}"
 
@@ -227,7 +227,7 @@ class LlmSettings:
     timeout: float | None = _key(
         300.0,
         "Seconds for one call; null: no limit",
-        _number(0, above=True),
+        _number(0, 1e9, above=True),  # thirty years; clocks overflow not far above
         null_is_off=True,
     )
     temperature: float | None = _key(None, "Randomness where a call sets none; 0 is greedy", _number(0))
@@ -242,6 +242,15 @@ class LlmSettings:
         if self.provider == "local":
             object.__setattr__(self, "backend", "local")
             object.__setattr__(self, "provider", "auto")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | LlmSettings | None) -> LlmSettings:
+        """The settings in `{"llm": {…}}`, or themselves. Raises as `from_mapping` does."""
+        if isinstance(settings, LlmSettings):
+            return settings
+        if settings is not None and not isinstance(settings, Mapping):
+            raise SettingsError(f"the settings are {settings!r:.60}; give a mapping, {{'llm': {{…}}}}")
+        return cls.from_mapping((settings or {}).get("llm"))
 
     @classmethod
     def from_mapping(
