@@ -88,3 +88,16 @@ def test_a_message_that_is_not_text_is_refused(message, says):
 def test_an_unknown_format_names_the_known_ones(chat_format):
     with pytest.raises(BadRequest, match="'chatml', 'gemma', or None"):
         format_chat_prompt([HELLO], chat_format)
+
+
+@pytest.mark.parametrize("chat_format", [3, ["chatml"], {}])
+def test_a_format_that_is_no_name_is_refused(chat_format):
+    with pytest.raises(BadRequest, match="choose one of 'chatml', 'gemma'"):
+        format_chat_prompt([HELLO], chat_format)
+
+
+@pytest.mark.parametrize("chat_format", ["chatml", "gemma", None])
+@pytest.mark.parametrize("messages", [None, 3, "Hello", HELLO])
+def test_messages_that_are_no_list_are_refused(chat_format, messages):
+    with pytest.raises(BadRequest, match="give a list"):
+        format_chat_prompt(messages, chat_format)

@@ -452,3 +452,10 @@ def test_a_refused_file_is_closed_again(tmp_path):
             with pytest.raises(ModelLoadError):
                 read_metadata(refused)
     assert len(list(Path("/proc/self/fd").iterdir())) == begin
+
+
+@pytest.mark.parametrize("path", [None, 3, b"gemma.gguf", ["gemma.gguf"]])
+def test_what_is_no_path_is_refused(path):
+    for ask in (lambda: get_model_info(path), lambda: read_metadata(path), lambda: resolve_model_path({}, path or 3)):
+        with pytest.raises(SettingsError, match="give the path of a file"):
+            ask()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from .errors import BadRequest
@@ -44,7 +44,9 @@ def format_chat_prompt(messages: Sequence[Message], chat_format: str | None) -> 
     `chat_format` is "chatml", "gemma", or None for plain `role: content` lines.
     Raises BadRequest for another format, and for content that isn't text.
     """
-    if chat_format not in _FORMATS:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise BadRequest(f"messages is {messages!r:.60}; give a list of {{'role': …, 'content': …}}")
+    if not isinstance(chat_format, str | None) or chat_format not in _FORMATS:
         known = ", ".join(repr(name) for name in _FORMATS if name)
         raise BadRequest(f"chat_format is {chat_format!r}; choose one of {known}, or None for plain text")
     return _FORMATS[chat_format]([_turn(message) for message in messages])

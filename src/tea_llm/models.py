@@ -54,6 +54,7 @@ def resolve_model_path(
     for name, path in named:
         if not path:
             continue
+        _check_path(path)
         expanded = expand_path(path, env, home)
         if os.path.isfile(expanded):  # noqa: PTH113  Path.is_file raises where this says False (3.11: EACCES, NUL)
             return expanded
@@ -66,6 +67,12 @@ def resolve_model_path(
             return str(found)
     logger.warning("No local model found. Set TEA_MODEL_PATH or configure llm.model_path.")
     return None
+
+
+def _check_path(path: Any) -> None:
+    """Raise SettingsError for what is no path in text."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise SettingsError(f"the path of a model is {path!r:.60}; give the path of a file")
 
 
 def packaged_model() -> str:
@@ -136,6 +143,7 @@ def get_model_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     that its chat template writes, None for any other template. `family` is "gemma" or "phi" for their architectures,
     else the architecture itself ("llama", "qwen2", "bert"). A file that is missing, damaged or no GGUF says nothing.
     """
+    _check_path(path)
     by_name = next(row for row in _NAMED_MODELS if re.search(row.name, Path(path).name.lower()))
     try:
         metadata = read_metadata(path) or {}
@@ -205,6 +213,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises ModelNotFound for a missing file; ModelLoadError for one that can't be read, isn't a regular file, is
     damaged, or is of another version.
     """
+    _check_path(path)
     shown = os.fspath(path)
     try:
         with _open_regular(path) as file:
