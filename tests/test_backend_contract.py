@@ -860,6 +860,46 @@ def test_when_both_fail_the_error_names_both_causes(places, llm, kind):
             assert str(api) in str(raised.value)
 
 
+# --- the pool ---------------------------------------------------------------------------------------------------------
+def test_a_pool_gives_equal_settings_the_same_backend(chat_model):
+    pool = BackendPool()
+    local = {"backend": "local", "model_path": str(chat_model)}
+    first = pool.get(LlmSettings.from_mapping(local))
+    assert pool.get(LlmSettings.from_mapping(dict(local))) is first
+    assert pool.get(LlmSettings.from_mapping({}), cli={"model_path": str(chat_model)}) is not first
+    assert pool.get(LlmSettings.from_mapping(local | {"n_ctx": 100})) is not first
+    pool.close()
+    pool.close()
+    assert not first.is_available()
+    with pytest.raises(EngineClosed, match="make a new one"):
+        pool.get(LlmSettings.from_mapping(local))
+
+
+def test_a_pool_notices_a_model_that_appears(chat_model, tmp_path):
+    pool = BackendPool()
+    settings = LlmSettings.from_mapping({"backend": "local", "model_path": str(tmp_path / "later.gguf")})
+    assert isinstance(pool.get(settings), ApiLlmBackend)
+    (tmp_path / "later.gguf").symlink_to(chat_model)
+    assert pool.get(settings).chat(HELLO, **GREEDY).backend == "local"
+    pool.close()
+
+
+def test_eight_threads_that_ask_a_pool_at_once_load_one_model(chat_model):
+    loads: list[float] = []
+    pool = BackendPool(progress=loads.append)
+    settings = LlmSettings.from_mapping({"backend": "local", "model_path": str(chat_model), "n_ctx": 200})
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(pool.get(settings))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert loads.count(1.0) == 1
+    pool.close()
+
+
 WITHOUT_EXTENSION = """
 import json, logging, sys
 sys.modules["tea_llm._llama"] = None  # as in a package that was built without llama.cpp

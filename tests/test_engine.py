@@ -273,7 +273,7 @@ import gc, sys
 from tea_llm import LocalLlmBackend, LlmCallParams
 
 scripted, slow = sys.argv[1:]
-backends = [LocalLlmBackend(scripted, n_ctx=n) for n in (100, 101)]
+kept, *backends = [LocalLlmBackend(scripted, n_ctx=n) for n in (100, 101, 102)]
 cycle = [backends.pop()]
 cycle.append(cycle)
 del cycle
@@ -282,12 +282,13 @@ def progress(fraction):
     gc.collect()  # finds the backend in the cycle, as any allocation may
     while backends:
         backends.pop().close()
+    LocalLlmBackend(scripted, n_ctx=100).close()
 
 print(LocalLlmBackend(slow, progress=progress).is_available())
 """
 
 
-def test_a_backend_may_be_closed_or_collected_while_another_loads(scripted_path, slow_path):
+def test_backends_are_shared_closed_and_collected_while_another_loads(scripted_path, slow_path):
     done = python(CLOSE_WHILE_LOADING, scripted_path, slow_path)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
@@ -712,18 +713,19 @@ path, way = sys.argv[1:]
 params = LlmCallParams("count", temperature=0, max_tokens=None)
 backend = LocalLlmBackend(path)
 begun = threading.Event()
+said = lambda chunk: begun.set()
 texts = [" one" * 500] * 2000
 
 async def task():
-    asyncio.create_task(backend.astream(params, lambda chunk: begun.set()))
+    asyncio.create_task(backend.astream(params, said))
     while not begun.is_set():
         await asyncio.sleep(0.01)
 
 ways = {
     "call": lambda: (begun.set(), backend.call(params)),
-    "stream": lambda: backend.stream(params, lambda chunk: begun.set()),
-    "queued": lambda: backend.stream(params, lambda chunk: begun.set()),
-    "embed": lambda: backend.embed(texts, on_progress=lambda n: begun.set()),
+    "stream": lambda: backend.stream(params, said),
+    "queued": lambda: backend.stream(params, said),
+    "embed": lambda: backend.embed(texts, on_progress=said),
     "task": lambda: asyncio.run(task()),
 }
 def quietly():
