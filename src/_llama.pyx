@@ -7,7 +7,7 @@ A Context and what works on it belong to one thread at a time; a second one gets
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
-from cpython.unicode cimport PyUnicode_DecodeUTF8
+from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_DecodeUTF8Stateful
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint32_t
 from libcpp cimport bool
@@ -739,6 +739,7 @@ cdef class Sampler:
     cdef Chain _chain
     cdef readonly uint32_t seed
     cdef int32_t _n_lookback
+    cdef bint _constrained       # by a grammar or a bias, which may leave no token
     cdef atomic[bool] _busy
 
     def __init__(self, Model model not None, *, float temperature=0.8, int top_k=40, float top_p=0.95,
@@ -759,6 +760,7 @@ cdef class Sampler:
             bias.token = model._check_tokens([token])[0]
             bias.bias = value
             self._chain.bias.push_back(bias)
+        self._constrained = not self._chain.bias.empty() or grammar is not None
         if grammar is not None:
             self._add(self._grammar(grammar))
         if not 0 <= repeat_last_n < n_ctx:
@@ -935,6 +937,8 @@ cdef class Generation:
 
         Raises EngineFault, after which the context is `poisoned`, or EngineError.
         """
+        cdef char* ready
+        cdef Py_ssize_t n_ready, n_decoded
         if self._finish != RUNNING:
             return None
         if self.context is None:
@@ -955,9 +959,15 @@ cdef class Generation:
                 _last_words()
             if not self._text.has_ready():
                 return None
-            text = PyUnicode_DecodeUTF8(self._text.ready().data(), self._text.ready().size(), "replace")
+            # At the end Stateful leaves out a character that is unfinished; before it, what isn't whole will never be.
+            ready = <char*>self._text.ready().data()
+            n_ready = self._text.ready().size()
+            if self._finish == RUNNING:
+                text = PyUnicode_DecodeUTF8(ready, n_ready, "replace")
+            else:
+                text = PyUnicode_DecodeUTF8Stateful(ready, n_ready, "replace", &n_decoded)
             self._text.clear_ready()
-            return text
+            return text or None
         finally:
             if self._finish != RUNNING:
                 self.context._leave()
@@ -989,7 +999,7 @@ cdef class Generation:
             if self._first_us == 0:
                 self._first_us = self._ended_us
             if token < 0:
-                self._fail(b"the model's output is not a number; its file may be damaged")
+                self._no_token()
             if self.context.model._ends(token):
                 return self._end(STOP)
             self._token = token
@@ -1043,6 +1053,12 @@ cdef class Generation:
         if rc != 0:
             self._fail(b"llama.cpp could not compute the next batch")
         return 1
+
+    cdef int _no_token(self) except -1 nogil:
+        if self.sampler._constrained:
+            with gil:
+                raise errors.BadRequest("grammar and logit_bias leave no token to choose from; loosen them")
+        return self._fail(b"the model's output is not a number; its file may be damaged")
 
     cdef int _fail(self, const char* what) except -1 nogil:
         with gil:

@@ -27,7 +27,7 @@ class TextFilter {
         return false;
     }
 
-    // The end of the text: a stop string that was only begun, and a character that was, are text after all.
+    // The end of the text: a stop string that was only begun is text after all.
     void flush() {
         ready_ += held_;
         held_.clear();

@@ -45,7 +45,7 @@ class Parrot(LlmBackend):
         return LlmCallResult(text, "parrot", finish_reason="stop", usage=Usage(3, 2), backend="local")
 
     def chat(self, messages: Any, **options: Any) -> LlmCallResult:
-        return self.call(LlmCallParams(messages=messages, **options))
+        return self.call(LlmCallParams("", messages=messages, **options))
 
     def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         said = ""

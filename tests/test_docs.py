@@ -104,7 +104,7 @@ def _excused(block: Block) -> None:
 def test_a_python_example_runs_and_prints_what_it_says(
     block: Block, server: ApiServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A comment behind a `print` is what is printed."""
+    """A comment behind or below a `print` is what is printed."""
     _excused(block)
     if "LocalLlmBackend" in block.text and importlib.util.find_spec("tea_llm._llama") is None:
         pytest.skip("tea_llm is built without llama.cpp")
@@ -112,7 +112,7 @@ def test_a_python_example_runs_and_prints_what_it_says(
     code = compile(block.text.replace(ADDRESS, server.base), str(block.page), "exec")
     exec(code, {"__name__": "__main__", "engine": engine})
     printed = capfd.readouterr().out.splitlines()
-    for said in re.findall(r"^ *print\(.*\)  # (.+)$", block.text, re.MULTILINE):
+    for said in re.findall(r"^ *print\(.*\)(?:  |\n *)# (.+)$", block.text, re.MULTILINE):
         assert said in printed
 
 

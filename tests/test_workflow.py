@@ -30,7 +30,7 @@ class Parrot(LlmBackend):
         return LlmCallResult(text.upper(), "parrot", finish_reason="stop", usage=Usage(3, 2), backend="local")
 
     def chat(self, messages: Any, **options: Any) -> LlmCallResult:
-        return self.call(LlmCallParams(messages=messages, **options))
+        return self.call(LlmCallParams("", messages=messages, **options))
 
     def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         result = self.call(params)

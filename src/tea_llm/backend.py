@@ -84,7 +84,7 @@ class LlmBackend(ABC):
 
     def stream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
         """As `chat`, handing each chunk of text to `callback` as soon as it is there."""
-        return self.stream(LlmCallParams(messages=messages, **options), callback)
+        return self.stream(LlmCallParams("", messages=messages, **options), callback)
 
     def close(self) -> None:  # noqa: B027  a backend that holds nothing has nothing to write here
         """Give back what the backend holds. Closing twice is fine; a call after that raises EngineClosed."""
@@ -107,7 +107,7 @@ class LlmBackend(ABC):
 
     async def astream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
         """`stream_chat` for asyncio; `callback` may be a coroutine function."""
-        return await self.astream(LlmCallParams(messages=messages, **options), callback)
+        return await self.astream(LlmCallParams("", messages=messages, **options), callback)
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -150,7 +150,7 @@ class RequestBackend(LlmBackend):
 
     def chat(self, messages: Sequence[Message], **options: Any) -> LlmCallResult:
         """See `LlmBackend.chat`."""
-        return self.generate(LlmCallParams(messages=messages, **options))
+        return self.generate(LlmCallParams("", messages=messages, **options))
 
     def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
         """See `LlmBackend.stream`."""
@@ -167,7 +167,7 @@ class RequestBackend(LlmBackend):
 
     async def achat(self, messages: Sequence[Message], **options: Any) -> LlmCallResult:
         """`chat` for asyncio."""
-        return await self.agenerate(LlmCallParams(messages=messages, **options))
+        return await self.agenerate(LlmCallParams("", messages=messages, **options))
 
     async def astream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
         """`stream` for asyncio; `callback` may be a coroutine function."""
@@ -251,9 +251,14 @@ def _choose(settings: LlmSettings, cli: Mapping[str, Any]) -> _Choice:
         return _Choice(settings, packaged_model())
     path = resolve_model_path(settings, cli_path) or settings.embedding_model_path
     if path is None and backend == "local":
-        missing = ModelNotFound("No local model found. Set TEA_MODEL_PATH or configure llm.model_path.")
-        return _Choice(settings, None, missing)
+        return _Choice(settings, None, _nothing_found(cli_path, os.environ.get("TEA_MODEL_PATH"), settings.model_path))
     return _Choice(settings, path)
+
+
+def _nothing_found(*paths: str | None) -> ModelNotFound:
+    tried = ", ".join(str(path) for path in paths if path)
+    where = f" No file is at {tried}." if tried else ""
+    return ModelNotFound(f"No local model found. Set TEA_MODEL_PATH or configure llm.model_path.{where}")
 
 
 def _open(

@@ -70,7 +70,7 @@ class LlmCallParams:
     Raises BadRequest for a value outside its range, naming the field.
     """
 
-    prompt: str = ""
+    prompt: str
     max_tokens: int | None = _field(
         0, 2**31 - 1, "tokens to generate; None: until the model ends or the context is full", 100
     )
