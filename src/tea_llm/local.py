@@ -68,7 +68,8 @@ class LocalLlmBackend(RequestBackend):
 
     `n_ctx` None is what the model was trained for, as far as memory allows; `n_threads` None is what pays for the
     model's size; `n_gpu_layers` None or -1 is all. `chat_format` overrides the file's chat template ("chatml",
-    "gemma"). `progress` is called with the loaded fraction, 0 to 1; returning False cancels the load.
+    "gemma"). In a raw prompt the model's control tokens may be written out. `progress` is called with the loaded
+    fraction, 0 to 1; returning False cancels the load.
 
     Raises ModelNotFound, ModelLoadError, ExtensionMissing (built without llama.cpp), MemoryError, Cancelled.
     """
@@ -119,7 +120,7 @@ class LocalLlmBackend(RequestBackend):
         return self._engine is not None
 
     def close(self) -> None:
-        """Give the model back. Requests in flight end with Cancelled or EngineClosed if this was its last user."""
+        """Give the model back. After its last user a text in flight ends `cancelled`, a waiting one is refused."""
         if self._embedding is not None:
             self._embedding.close()
         self._engine = None

@@ -200,7 +200,9 @@ class LlmSettings:
         "How token vectors become one: `mean`, `cls`, `last`, `rank` or `none`; unset: as the model says",
         _one_of("mean", "cls", "last", "rank", "none"),
     )
-    n_parallel: int | None = _key(None, "Requests that share the model at the same time", _whole(1))
+    n_parallel: int | None = _key(
+        None, "Requests computed at the same time. One for now, whatever is said: others wait", _whole(1)
+    )
     model: str | None = _key(None, "Model name that the API is asked for", _text)
     embedding_model: str | None = _key(None, "Model name that the API is asked for embeddings", _text)
     provider: str = _key(
