@@ -96,6 +96,9 @@ def devices() -> list:
     return found
 
 
+_LARGE_FILE_BYTES = 32 << 20  # below it a second thread costs more than it brings
+
+
 cdef class Loading:
     """Watches and cancels a load from another thread."""
 
@@ -125,12 +128,16 @@ cdef class Loading:
         if now_us() - self._looked_us > 20_000:
             self._looked_us = now_us()
             with gil:
-                try:
-                    PyErr_CheckSignals()
-                except BaseException as exc:
-                    self._interrupt = exc
-                    return False
+                self._look_for_signals()
         return not self._cancelled.load()
+
+    cdef void _look_for_signals(self) noexcept:
+        """On the main thread, run the handlers of signals that came; what one raises ends the load."""
+        try:
+            PyErr_CheckSignals()
+        except BaseException as exc:
+            self._interrupt = exc
+            self._cancelled.store(True)
 
 
 cdef bool _on_progress(float fraction, void* loading) noexcept nogil:
@@ -140,20 +147,22 @@ cdef bool _on_progress(float fraction, void* loading) noexcept nogil:
 cdef class Model:
     """A loaded GGUF file: weights and vocabulary. Freed with its last reference; its contexts keep it alive.
 
-    Loading releases the GIL, and on the main thread Ctrl-C ends it. Reading a model is safe from any thread.
+    Loading releases the GIL, and on the main thread Ctrl-C ends it. `split_load` reads the weights on a second thread,
+    beside the vocabulary; None does so for large files. Reading a model is safe from any thread.
 
     Raises ModelNotFound, ModelLoadError with llama.cpp's own words, MemoryError, or Cancelled through `loading`.
     """
 
-    cdef llama_model* _model
-    cdef const llama_vocab* _vocab
+    cdef llama_model* _model         # the weights
+    cdef llama_model* _words         # vocabulary and templates: the same, or one loaded beside it (split_load.hpp)
+    cdef const llama_vocab* _vocab   # of _words
     cdef ChatTemplate* _chat
     cdef int _pid
     cdef readonly str path
     cdef readonly int n_vocab
 
     def __init__(self, path, *, int n_gpu_layers=-1, bint use_mmap=True, bint use_mlock=False, bint vocab_only=False,
-                 bint check_tensors=False, Loading loading=None):
+                 bint check_tensors=False, Loading loading=None, split_load=None):
         if self._model != NULL:
             raise errors.EngineError("this Model is loaded already; make a new one")
         self.path = str(path)
@@ -176,8 +185,14 @@ cdef class Model:
         _listen()
         loading._memory = new LoadMemory(real_path)
         try:
-            with nogil:
-                self._model = load_model(c_path, params)
+            if split_load is None:
+                split_load = os.stat(self.path).st_size >= _LARGE_FILE_BYTES and (os.cpu_count() or 1) > 1
+            if split_load and not vocab_only:
+                self._load_split(c_path, params, loading)
+            if self._model == NULL and not loading._cancelled.load():
+                take_last_words()
+                with nogil:
+                    self._model = self._words = load_model(c_path, params)
         finally:
             del loading._memory
         words = _last_words()
@@ -187,13 +202,42 @@ cdef class Model:
             if loading.cancelled:
                 raise errors.Cancelled(f"loading {self.path} was cancelled")
             raise errors.ModelLoadError(f"{self.path} could not be loaded: {words}")
-        self._vocab = llama_model_get_vocab(self._model)
+        self._vocab = llama_model_get_vocab(self._words)
         self.n_vocab = llama_vocab_n_tokens(self._vocab)
+
+    cdef int _load_split(self, const char* path, const llama_model_params& params, Loading loading) except -1:
+        """Weights and vocabulary side by side; neither where that fails, and the plain way says why."""
+        cdef llama_model_params words_only = params
+        cdef bint done = False
+        words_only.vocab_only = True
+        words_only.progress_callback = NULL
+        cdef SplitLoad* split = NULL
+        try:
+            split = new SplitLoad(path, params)  # RuntimeError: no thread to be had
+            with nogil:
+                self._words = load_model(path, words_only)
+            while not done:
+                with nogil:
+                    done = split.wait_ms(20)
+                loading._look_for_signals()
+        except (errors.EngineFault, RuntimeError, MemoryError):
+            pass
+        finally:
+            if self._words != NULL and done:
+                self._model = split.take()
+            with nogil:
+                del split
+            if self._model == NULL and self._words != NULL:
+                llama_model_free(self._words)
+                self._words = NULL
+        return 0
 
     def __dealloc__(self):
         if self._model != NULL and self._pid == getpid():
             del self._chat
             with nogil:
+                if self._words != self._model:
+                    llama_model_free(self._words)
                 llama_model_free(self._model)
 
     cdef int _check(self) except -1:
@@ -277,7 +321,7 @@ cdef class Model:
     def chat_template(self) -> str | None:
         """The file's Jinja chat template, or None."""
         self._check()
-        cdef const char* template = llama_model_chat_template(self._model, NULL)
+        cdef const char* template = llama_model_chat_template(self._words, NULL)
         return None if template == NULL else template.decode("utf-8", "replace")
 
     def render_chat(self, messages, *, bint add_generation_prompt=True) -> str:
@@ -293,7 +337,7 @@ cdef class Model:
         cdef string prompt
         try:
             if self._chat == NULL:
-                self._chat = new ChatTemplate(self._model, string())
+                self._chat = new ChatTemplate(self._words, string())
             with nogil:
                 prompt = self._chat.render(encoded, add_generation_prompt)
         except errors.EngineFault as exc:

@@ -45,6 +45,12 @@ cdef extern from "load_memory.hpp" namespace "tea" nogil:
         LoadMemory(const char* path) except +
         void progress(float fraction)
 
+cdef extern from "split_load.hpp" namespace "tea" nogil:
+    cppclass SplitLoad:
+        SplitLoad(const char* path, const llama_model_params& params) except +
+        bool wait_ms(int ms)
+        llama_model* take()
+
 cdef extern from "text_filter.hpp" namespace "tea" nogil:
     cppclass TextFilter:
         void add_stop(string stop) except +

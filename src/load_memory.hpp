@@ -1,18 +1,15 @@
-// Memory while a model loads, on Linux. Where llama.cpp copies weights out of the mapped file (repacked for this CPU),
-//  - a second thread has the system make the copy's pages ahead of the one that fills them,
-//  - the file's pages are let go as soon as they were copied, so that the weights aren't resident twice.
-// Both are hints: nothing changes but time and resident memory (bench/RESULTS.md, "load"). Huge pages were tried for the
-// copy, and cost more (the kernel compacts memory to find them) than the page faults they save.
+// Memory while a model loads, on Linux. Where llama.cpp copies weights out of the mapped file (repacked for this CPU), the
+// file's pages are let go as soon as they were copied, so that the weights aren't resident twice. It is a hint: nothing
+// changes but resident memory (bench/RESULTS.md, "load").
+// Tried, and slower: huge pages for the copy (the kernel compacts memory to find them), and a thread that makes its pages
+// ahead (the cores have better to do, split_load.hpp).
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -26,11 +23,6 @@ class LoadMemory {
   public:
 #ifdef __linux__
     explicit LoadMemory(const char * path) : path_(path), before_(copies()) {}
-    LoadMemory(const LoadMemory &) = delete;
-    ~LoadMemory() {
-        stop_ = true;
-        if (ahead_.joinable()) ahead_.join();
-    }
 
     // Called by llama.cpp before each tensor is read, once all buffers are there, and with 1 at the end.
     void progress(float fraction) {
@@ -45,12 +37,9 @@ class LoadMemory {
 
     void begin() {
         begun_ = true;
-        std::vector<Range> fresh;
         size_t n_copied = 0, n_mapped = 0;
         for (const auto & range : copies()) {
-            if (std::find(before_.begin(), before_.end(), range) != before_.end()) continue;
-            fresh.push_back(range);
-            n_copied += range.second;
+            if (std::find(before_.begin(), before_.end(), range) == before_.end()) n_copied += range.second;
         }
         each_mapping([&](Range range, const char * name) {
             if (path_ == name) {
@@ -58,26 +47,8 @@ class LoadMemory {
                 n_mapped += range.second;
             }
         });
-        if (n_copied < n_mapped / 4) {
-            file_.clear();
-            return;
-        }
         // What isn't copied is used where it lies: the embeddings, with which files begin.
-        released_ = n_mapped > n_copied ? 1 - static_cast<float>(n_copied) / n_mapped : 0;
-        try {
-            ahead_ = std::thread(&LoadMemory::populate, this, std::move(fresh));
-        } catch (const std::system_error &) {  // no thread to be had: the pages are made when they are filled
-        }
-    }
-
-    void populate(std::vector<Range> ranges) {
-#ifdef MADV_POPULATE_WRITE
-        for (const auto & [address, size] : ranges) {
-            for (size_t at = 0; at < size && !stop_; at += step) {
-                madvise(static_cast<char *>(address) + at, std::min(step, size - at), MADV_POPULATE_WRITE);
-            }
-        }
-#endif
+        released_ = n_copied < n_mapped ? 1 - static_cast<float>(n_copied) / n_mapped : 0;
     }
 
     // Lets go of the file's first `fraction`, which is about what was read: tensors are read in the file's order.
@@ -122,8 +93,6 @@ class LoadMemory {
     std::vector<Range> before_, file_;
     float released_ = 0;
     bool begun_ = false;
-    std::atomic<bool> stop_{false};
-    std::thread ahead_;
 #else
     explicit LoadMemory(const char *) {}
     void progress(float) {}

@@ -52,6 +52,7 @@ class Model:
         vocab_only: bool = False,
         check_tensors: bool = False,
         loading: Loading | None = None,
+        split_load: bool | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...
