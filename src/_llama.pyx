@@ -524,7 +524,7 @@ cdef class Context:
     """Memory to compute in: the KV cache and the compute buffers of one model, and the threads that work on them.
 
     With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. `flash_attn` None leaves the
-    choice to llama.cpp. One thread at a time.
+    choice to llama.cpp; `kv_f32` keeps keys and values in F32 and not F16, twice the memory. One thread at a time.
 
     Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
     """
@@ -544,7 +544,8 @@ cdef class Context:
     cdef readonly bint embeddings
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
-                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None):
+                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None,
+                 bint kv_f32=False):
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
@@ -573,6 +574,7 @@ cdef class Context:
         params.embeddings = embeddings
         params.pooling_type = _POOLING[pooling]
         params.flash_attn_type = _FLASH_ATTN[flash_attn]
+        params.type_k = params.type_v = GGML_TYPE_F32 if kv_f32 else GGML_TYPE_F16
         params.kv_unified = True
         params.no_perf = True
         params.n_outputs_max = 0 if embeddings else n_seq_max  # logits of last tokens only: no buffer for the whole batch

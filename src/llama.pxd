@@ -107,6 +107,9 @@ cdef extern from "llama.h" nogil:
         LLAMA_FLASH_ATTN_TYPE_AUTO
         LLAMA_FLASH_ATTN_TYPE_DISABLED
         LLAMA_FLASH_ATTN_TYPE_ENABLED
+    enum ggml_type:
+        GGML_TYPE_F32
+        GGML_TYPE_F16
     enum llama_load_mode:
         LLAMA_LOAD_MODE_AUTO
         LLAMA_LOAD_MODE_NONE
@@ -144,6 +147,8 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads_batch
         llama_pooling_type pooling_type
         llama_flash_attn_type flash_attn_type
+        ggml_type type_k
+        ggml_type type_v
         bool embeddings
         bool no_perf
         bool kv_unified

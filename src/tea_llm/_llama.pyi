@@ -111,6 +111,7 @@ class Context:
         embeddings: bool = False,
         pooling: str | None = None,
         flash_attn: bool | None = None,
+        kv_f32: bool = False,
     ) -> None: ...
     @property
     def model(self) -> Model: ...

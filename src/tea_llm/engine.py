@@ -34,6 +34,7 @@ _EMBED_BATCH = 512  # tokens computed at once; a longer text gets a larger conte
 _EMBED_TEXTS = 64  # sequences in one batch
 _SMALL_MODEL_BYTES = 8 << 20  # below it the threads of a layer wait for each other longer than they compute
 _FLASH_HEAD_SIZE = 64  # below it llama.cpp's flash attention slows generation down, to a third at size 8
+_F16_HEAD_SIZE = 32  # below it llama.cpp multiplies F16 keys one by one; F32 is a third faster at size 8
 
 
 @dataclass(frozen=True)
@@ -307,12 +308,14 @@ class Engine:
     def _text_context(self) -> _llama.Context:
         if self._text is None or self._text.poisoned:
             n_batch = min(self.options.n_batch or 512, self.n_ctx)
+            head_size = _head_size(self.model)
             self._text = _llama.Context(
                 self.model,
                 n_ctx=self.n_ctx,
                 n_batch=n_batch,
                 n_threads=self.n_threads,
-                flash_attn=None if _head_size(self.model) >= _FLASH_HEAD_SIZE else False,
+                flash_attn=False if 0 < head_size < _FLASH_HEAD_SIZE else None,
+                kv_f32=0 < head_size < _F16_HEAD_SIZE,
             )
         return self._text
 
@@ -431,8 +434,10 @@ def fit_n_ctx(model: _llama.Model, asked: int | None) -> int:
 
 
 def _kv_bytes_per_token(model: _llama.Model) -> int:
-    """Size of one token's keys and values in F16, or 0 where the file does not tell the shape."""
-    return 2 * 2 * model.n_layer * model.n_head_kv * _head_size(model)
+    """Size of one token's keys and values, or 0 where the file does not tell the shape."""
+    head_size = _head_size(model)
+    n_bytes = 4 if head_size < _F16_HEAD_SIZE else 2
+    return 2 * n_bytes * model.n_layer * model.n_head_kv * head_size
 
 
 def _head_size(model: _llama.Model) -> int:
