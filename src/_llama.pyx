@@ -333,8 +333,12 @@ cdef class Model:
             raise errors.BadRequest(f"{self.path} has no chat template; name a chat_format or give a prompt")
         import json
 
-        cdef string encoded = json.dumps(list(messages)).encode()
-        cdef string prompt
+        cdef string encoded, prompt
+        try:
+            encoded = json.dumps(list(messages)).encode()
+        except TypeError as exc:
+            raise errors.BadRequest(
+                f"messages can't be written as JSON: {exc}; keep them to texts, numbers and mappings") from exc
         try:
             if self._chat == NULL:
                 self._chat = new ChatTemplate(self._words, string())

@@ -12,12 +12,30 @@ from pathlib import Path
 
 import pytest
 
+from .api_server import ApiServer
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _hears_ctrl_c() -> None:
     """What a shell starts in the background ignores SIGINT, and so does every process that it starts in turn."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable that names a model, a provider or a proxy, and an empty home."""
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    """A scripted API on loopback."""
+    with ApiServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

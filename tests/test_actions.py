@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from tea_llm.backend import LlmBackend
 from tea_llm.params import LlmCallParams, LlmCallResult, Usage
 
 from .api_server import ApiServer, chat, delta, failure, json_reply, sse, stream
+
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 Actions = dict[str, Callable[..., dict[str, Any]]]
 
@@ -60,20 +61,6 @@ class Parrot(LlmBackend):
 
     def is_available(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
 
 
 @pytest.fixture

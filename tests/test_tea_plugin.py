@@ -7,14 +7,14 @@ TEA is on no registry, so an engine stands in for it here. It does what TEA's `y
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from .api_server import ApiServer, chat
+
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 WAYS = ("imports", "actions-module", "direct")
 
@@ -56,20 +56,6 @@ class TeaEngine:
         if action in ("llm.call", "llm.chat", "llm.stream", "llm.tools"):
             params = {**self.llm_settings, **params, "opik_trace": True, "opik_project_name": "x"}
         return function(state=state, **params, config=self._config, node="n", graph=object())
-
-
-@pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
 
 
 @pytest.fixture(params=WAYS)

@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,9 +140,9 @@ class LocalLlmBackend(RequestBackend):
 
     async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """`generate` for asyncio; `on_chunk` may be a coroutine function."""
-        answer = _Answer(self.model, on_chunk)
         import asyncio
 
+        answer = _Answer(self.model, on_chunk)
         loop = asyncio.get_running_loop()
         request = self._text_request(params, on_chunk)
         with self._open_engine().submit(request, timeout_s=params.timeout_s, loop=loop) as ticket:
@@ -180,9 +181,15 @@ class LocalLlmBackend(RequestBackend):
             model = self._open_engine().model
             if model.chat_template is not None:
                 plain = [{**m, "content": message_text(m)} for m in messages]
-                return _rendered(model, plain), ()
-            chat_format = get_model_info(self.model_path)["chat_format"]
+                return model.render_chat(plain), ()
+            chat_format = self._format_by_name
         return format_chat_prompt(messages, chat_format), _STOPS[chat_format]
+
+    @cached_property
+    def _format_by_name(self) -> str | None:
+        """The chat format of a file without a template; found once, as the header is read for it."""
+        chat_format: str | None = get_model_info(self.model_path)["chat_format"]
+        return chat_format
 
     # --- embeddings ---------------------------------------------------------------------------------------------------
     def embeddings(
@@ -296,14 +303,6 @@ def _checked_path(name: str, path: Any) -> str:
     if "\0" in text:
         raise ModelNotFound(f"no model file at {text!r}: a path holds no NUL; check the path")
     return text
-
-
-def _rendered(model: Any, messages: list[dict[str, Any]]) -> str:
-    try:
-        prompt: str = model.render_chat(messages)
-    except TypeError as exc:
-        raise BadRequest(f"messages can't be written as JSON: {exc}; keep them to texts, numbers and mappings") from exc
-    return prompt
 
 
 def _sampling(params: LlmCallParams) -> dict[str, Any]:
