@@ -49,20 +49,9 @@ KEY = "sk-secret-0123456789"
 HELLO = LlmCallParams("Hello!", model="asked-1")
 STREAMED = stream(sse(delta("Hi"), {"object": "ping"}, delta(" there", "stop"), {"usage": {"prompt_tokens": 4}}))
 
+pytestmark = pytest.mark.usefixtures("bare_environment")
+
 Generate = Callable[..., LlmCallResult]
-
-
-@pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -44,6 +43,8 @@ from .api_server import ApiServer, chat, delta, sse, stream
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm._llama import Model
 from tea_llm.api import ApiLlmBackend
+
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 CHAT_MODEL = "stories260K-chat-q8_0.gguf"
 ENCODER = "all-MiniLM-L6-v2-f16.gguf"
@@ -137,16 +138,6 @@ def said_why(result: LlmCallResult) -> bool:
     """Whether the result names the model that was missing; without a fallback it gives no reason at all."""
     reason = result.fallback_reason
     return reason is not None and reason.startswith(NOT_FOUND) and "missing.gguf" in reason
-
-
-@pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    for name in ("TEA_MODEL_PATH", "APPDIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -592,12 +583,6 @@ def test_texts_and_vectors_at_once_do_not_mix(backend):
 
 
 # --- fallback while it runs -------------------------------------------------------------------------------------------
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
-
-
 @pytest.fixture
 def pooled(server: ApiServer) -> Iterator[Callable[..., RequestBackend]]:
     """Makes the pool's backend of a model, with the scripted server to fall back on."""

@@ -77,17 +77,13 @@ class AnyApi(ApiServer):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+def server(bare_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     """A folder with the files that the pages name, and a server that the environment names as the API."""
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
     (tmp_path / "model.gguf").symlink_to(packaged_model())
     for block in BLOCKS:
         if block.language == "yaml" and (title := re.match(r"name: (\w+)\n", block.text)):
             (tmp_path / f"{title[1]}.yaml").write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MY_API_KEY", "k")
     with AnyApi() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,8 @@ needs_llama = pytest.mark.skipif(
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServer]:
+def server(bare_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     """A server that the environment names as the API, and no model in sight."""
-    for name in list(os.environ):
-        if name.startswith(("OPENAI_", "AZURE_", "OLLAMA_", "TEA_MODEL", "APPDIR")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
     with ApiServer() as server:
         monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.address)
         monkeypatch.setenv("AZURE_OPENAI_API_KEY", "k")
