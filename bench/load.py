@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import race
-from adapter import Call, Request
+from adapter import Call, Request, one_by_one
 
 FIGURES = (
     race.Figure("first_token", "ms", race.BEST_PEER, 0.9, higher_is_better=False),
@@ -32,17 +32,16 @@ def main() -> int:
     args = parser.parse_args()
     contest = race.race_of(args)
     race.read_into_page_cache(args.model)
-    request = Request(str(args.model), args.n_ctx, calls=(Call("first", race.text_of(8, 1), 1),))
+    request = Request(str(args.model), args.n_ctx, waves=one_by_one([Call("first", race.text_of(8, 1), 1)]))
 
     def measure(subject: race.Subject) -> dict[str, list[float]]:
         reply, started = contest.ask(subject, request)
         return {
-            "first_token": [(reply["calls"][0]["ended"] - started) * 1000],
+            "first_token": [(race.calls_of(reply)[0]["ended"] - started) * 1000],
             "peak_rss": [reply["rss_bytes"] / 1e6],
         }
 
-    entrants = [s for s in contest.entrants([args.threads], args.threads) if s.name != race.LLAMA_BENCH]
-    contest.run(args.rounds, entrants, measure)
+    contest.run(args.rounds, contest.entrants([args.threads], args.threads), measure)
     return contest.report("load", FIGURES, rounds=args.rounds, model=args.model.name, n_ctx=args.n_ctx)
 
 

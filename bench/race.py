@@ -23,25 +23,32 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_DIR = Path(__file__).resolve().parent / "peers"
 sys.path.insert(0, str(PEERS_DIR))
 
-from adapter import Request  # noqa: E402  # the adapters' protocol; they run where this package's parents don't exist
+from adapter import Call, Request, one_by_one  # noqa: E402  # the adapters' protocol; they run where this package's parents don't exist
 
 OURS = "tea_llm"
 LLAMA_BENCH = "llama-bench"
+LLAMA_BATCHED_BENCH = "llama-batched-bench"
 LLAMA_SERVER = "llama-server"
 LLAMA_CPP_PYTHON = "llama-cpp-python"
+XLLAMACPP = "xllamacpp"
 BEST_PEER = "best peer"
+ITSELF = "itself"
+"""What a figure is compared with that is a ratio already, of two of the subject's own numbers."""
 
 ADAPTERS = {
     OURS: "tea.py",
     LLAMA_CPP_PYTHON: "llama_cpp_python.py",
-    "xllamacpp": "xllamacpp_server.py",
+    XLLAMACPP: "xllamacpp_server.py",
     "cyllama": "cyllama_llm.py",
     LLAMA_SERVER: "llama_server.py",
 }
-"""Every subject with an adapter; llama-bench has none, since it generates nothing."""
+"""Every subject with an adapter."""
 
-WITH_ATTENTION = (LLAMA_CPP_PYTHON, "xllamacpp", LLAMA_SERVER)
-"""The peers that let their user choose flash attention or not, which on a CPU may cost more than it brings."""
+PROGRAMS = (LLAMA_BENCH, LLAMA_BATCHED_BENCH)
+"""llama.cpp's own measures, which have no adapter: they generate nothing."""
+
+WITH_ATTENTION = (LLAMA_CPP_PYTHON, XLLAMACPP, LLAMA_SERVER, LLAMA_BATCHED_BENCH)
+"""The subjects that let their user choose flash attention or not, which on a CPU may cost more than it brings."""
 
 # Word for word one token in Qwen's vocabulary, with the space before it.
 _WORDS = """
@@ -52,37 +59,57 @@ _WORDS = """
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Settings of a peer besides threads and attention: its slots (None: as many as the request has calls at a time),
+    and the features of its adapter that are on."""
+
+    n_slots: int | None = None
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Subject:
     """One entrant of a round: a program, with its threads and its kind of attention (None: as it comes)."""
 
     name: str
     n_threads: int | None
     flash_attn: bool | None = None
+    variant: Variant = Variant()
 
     @property
     def settings(self) -> str:
         """Its settings in a few letters: `t=2 fa`."""
-        attention = {None: "", True: " fa", False: " no-fa"}[self.flash_attn]
-        return f"t={self.n_threads or 'auto'}{attention}"
+        attention = {None: (), True: ("fa",), False: ("no-fa",)}[self.flash_attn]
+        slots = () if self.variant.n_slots is None else (f"slots={self.variant.n_slots}",)
+        return " ".join((f"t={self.n_threads or 'auto'}", *attention, *slots, *self.variant.features))
 
     @property
     def is_peer(self) -> bool:
         """Whether "best peer" may mean it."""
-        return self.name not in (OURS, LLAMA_BENCH)
+        return self.name not in (OURS, *PROGRAMS)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, what it is compared with, and the ratio that must be reached (or not be passed)."""
+    """One measured number, what it is compared with, and the ratio that must be reached (or not be passed).
+
+    Several figures may have the same name: one number, compared with several subjects. Without a bar it is only shown.
+    """
 
     name: str
     unit: str
     against: str
-    bar: float
+    bar: float | None
     higher_is_better: bool = True
 
-    def met(self, ratio: float) -> bool:
-        """Whether a ratio of ours to theirs satisfies the bar."""
+    def pick(self, *values: Any, **options: Any) -> Any:
+        """The best of some numbers: max or min."""
+        return (max if self.higher_is_better else min)(*values, **options)
+
+    def met(self, ratio: float) -> bool | None:
+        """Whether a ratio of ours to theirs satisfies the bar; None if there is none."""
+        if self.bar is None:
+            return None
         return ratio >= self.bar if self.higher_is_better else ratio <= self.bar
 
 
@@ -98,21 +125,28 @@ class Race:
     left_out: dict[str, str] = field(default_factory=dict)
     samples: dict[str, dict[Subject, list[float]]] = field(default_factory=dict)
 
-    def entrants(self, threads: Sequence[int], ours: int | None) -> list[Subject]:
+    def entrants(
+        self,
+        threads: Sequence[int],
+        ours: int | None,
+        programs: Sequence[str] = (),
+        variants: Mapping[str, Sequence[Variant]] | None = None,
+    ) -> list[Subject]:
         """The subjects that can run here, a peer once for each of its settings; the others go to `left_out`."""
-        able = [name for name in (LLAMA_BENCH, *ADAPTERS) if self._can_run(name)]
+        able = [name for name in (*programs, *ADAPTERS) if self._can_run(name)]
         return [
-            Subject(name, n, flash_attn)
+            Subject(name, n, flash_attn, variant)
             for name in able
             for n in ([ours] if name == OURS else threads)
             for flash_attn in ((True, False) if name in WITH_ATTENTION else (None,))
+            for variant in (variants or {}).get(name, (Variant(),))
         ]
 
     def _can_run(self, name: str) -> bool:
         if name not in self.only:
             return False
         missing = None
-        if name in (LLAMA_BENCH, LLAMA_SERVER):
+        if name in (*PROGRAMS, LLAMA_SERVER):
             if self.reference_dir is None:
                 missing = "no --reference-dir; build one with bench/reference.py"
             elif not self.reference_program(name).exists():
@@ -131,7 +165,13 @@ class Race:
 
     def ask(self, subject: Subject, request: Request) -> tuple[dict[str, Any], float]:
         """An adapter's reply, and the monotonic time when its process started."""
-        request = replace(request, n_threads=subject.n_threads, flash_attn=subject.flash_attn)
+        request = replace(
+            request,
+            n_threads=subject.n_threads,
+            flash_attn=subject.flash_attn,
+            n_parallel=subject.variant.n_slots or request.n_parallel,
+            features=subject.variant.features,
+        )
         if subject.name == LLAMA_SERVER:
             request = replace(request, server=str(self.reference_program(LLAMA_SERVER)))
         python = self.python if subject.name in (OURS, LLAMA_SERVER) else self.peers_python
@@ -141,10 +181,20 @@ class Race:
         return reply, reply["started"] or started
 
     def run(
-        self, rounds: int, entrants: Sequence[Subject], measure: Callable[[Subject], Mapping[str, Iterable[float]]]
+        self,
+        rounds: int,
+        entrants: Sequence[Subject],
+        measure: Callable[[Subject], Mapping[str, Iterable[float]]],
+        settle: Sequence[Figure] = (),
     ) -> None:
-        """Measure every entrant once a round. One that fails is left out of the whole run."""
+        """Measure every entrant once a round. One that fails is left out of the whole run.
+
+        With `settle`, a subject goes on after the second round only with the settings that may be its best in one of
+        these figures.
+        """
         for number in range(rounds):
+            if number == 2 and settle:
+                entrants = self._promising(entrants, settle)
             shift = number % max(1, len(entrants))  # nobody always runs after the same neighbour
             for subject in [*entrants[shift:], *entrants[:shift]]:
                 if subject.name in self.left_out:
@@ -158,6 +208,17 @@ class Race:
                 for figure, values in measured.items():
                     self.samples.setdefault(figure, {}).setdefault(subject, []).append(median(values))
 
+    def _promising(self, entrants: Sequence[Subject], figures: Sequence[Figure]) -> list[Subject]:
+        """The entrants that were once, in one of the figures, at most a tenth worse than the best of their name."""
+        promising: set[Subject] = set()
+        for figure in figures:
+            so_far = {subject: figure.pick(values) for subject, values in self.samples.get(figure.name, {}).items()}
+            for subject, value in so_far.items():
+                best = figure.pick(other for named, other in so_far.items() if named.name == subject.name)
+                if (best / value if figure.higher_is_better else value / best) <= 1.1:
+                    promising.add(subject)
+        return [subject for subject in entrants if subject in promising]
+
     def _leave_out(self, name: str, why: str) -> None:
         self.left_out[name] = why
         print(f"{name} is left out: {why}", file=sys.stderr)
@@ -167,17 +228,22 @@ class Race:
 
     def verdict(self, figure: Figure) -> dict[str, Any]:
         """The medians of one figure, each subject with its best settings, and our ratio to the bar."""
-        pick = max if figure.higher_is_better else min
+        samples = self.samples.get(figure.name, {})
+        n_rounds = max(map(len, samples.values()), default=0)
         best: dict[str, tuple[Subject, list[float]]] = {}
-        for subject, values in self.samples.get(figure.name, {}).items():
-            if subject.name not in best or pick(median(values), median(best[subject.name][1])) == median(values):
+        for subject, values in samples.items():
+            if len(values) < n_rounds:
+                continue  # settings that were given up
+            if subject.name not in best or figure.pick(median(values), median(best[subject.name][1])) == median(values):
                 best[subject.name] = (subject, values)
         against = figure.against
         if against == BEST_PEER:
             peers = {name: median(values) for name, (subject, values) in best.items() if subject.is_peer}
-            against = pick(peers, key=lambda name: peers[name]) if peers else BEST_PEER
+            against = figure.pick(peers, key=lambda name: peers[name]) if peers else BEST_PEER
         ratio = None
-        if OURS in best and against in best:
+        if OURS in best and against == ITSELF:
+            ratio = median(best[OURS][1])
+        elif OURS in best and against in best:
             ratio = median(ours / theirs for ours, theirs in zip(best[OURS][1], best[against][1], strict=True))
         return {
             **asdict(figure),
@@ -185,7 +251,12 @@ class Race:
             "ratio": ratio,
             "met": None if ratio is None else figure.met(ratio),
             "subjects": {
-                name: {"median": median(values), "settings": subject.settings, "rounds": values}
+                name: {
+                    "median": median(values),
+                    "settings": subject.settings,
+                    "rounds": values,
+                    "tried": {s.settings: median(v) for s, v in samples.items() if s.name == name},
+                }
                 for name, (subject, values) in best.items()
             },
         }
@@ -206,13 +277,15 @@ _VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 def print_table(verdicts: Sequence[Mapping[str, Any]]) -> None:
     """A row for each figure, a column for each subject, on stderr."""
-    names = [n for n in (LLAMA_BENCH, *ADAPTERS) if any(n in v["subjects"] for v in verdicts)]
+    names = [n for n in (*PROGRAMS, *ADAPTERS) if any(n in v["subjects"] for v in verdicts)]
     rows = [["figure", "unit", *names, "ratio", "bar", ""]]
     for v in verdicts:
         cells = [_cell(v["subjects"].get(name)) for name in names]
         ratio = "-" if v["ratio"] is None else f"{v['ratio']:.3f} of {v['against']}"
-        sign = "≥" if v["higher_is_better"] else "≤"
-        rows.append([v["name"], v["unit"], *cells, ratio, f"{sign} {v['bar']:g}", _VERDICTS[v["met"]]])
+        bar, verdict = "-", ""
+        if v["bar"] is not None:
+            bar, verdict = f"{'≥' if v['higher_is_better'] else '≤'} {v['bar']:g}", _VERDICTS[v["met"]]
+        rows.append([v["name"], v["unit"], *cells, ratio, bar, verdict])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
@@ -236,10 +309,34 @@ def _last_words(exc: Exception) -> str:
     return str(exc)
 
 
+WARM_UP = one_by_one([Call("warm-up", "a few words before", 8)])
+"""What goes before the waves that are measured: no other prompt begins like it."""
+
+N_SALTS = len(_WORDS)
+"""So many prompts begin each with another word."""
+
+
 def text_of(n_words: int, salt: int) -> str:
     """A prompt of `n_words` tokens in Qwen's vocabulary; another `salt` begins with another word, so no cache helps."""
     first = salt % len(_WORDS)
     return " ".join(_WORDS[(first + i * (1 + salt % 7)) % len(_WORDS)] for i in range(n_words))
+
+
+def calls_of(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All calls of an adapter's reply, wave after wave."""
+    return [call for wave in reply["waves"] for call in wave["calls"]]
+
+
+def check_lengths(calls: Iterable[Mapping[str, Any]], n_tokens: int) -> None:
+    """Raises RuntimeError if a prompt is not `n_tokens` long."""
+    lengths = {call["prompt_tokens"] for call in calls}
+    if lengths != {n_tokens}:
+        raise RuntimeError(f"the prompt has {lengths} tokens instead of {n_tokens}; use a model of bench/make_model.py")
+
+
+def context_for(n_tokens: int) -> int:
+    """The context for calls of so many tokens: a whole number of 256, which is what llama.cpp makes of it anyway."""
+    return -(-n_tokens // 256) * 256
 
 
 def machine() -> dict[str, Any]:
@@ -275,8 +372,15 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
         default=env("TEA_BENCH_REFERENCE_DIR"),
         help="what bench/reference.py built (TEA_BENCH_REFERENCE_DIR)",
     )
-    names = [LLAMA_BENCH, *ADAPTERS]
+    names = [*PROGRAMS, *ADAPTERS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="race only these (default: all)")
+
+
+def add_length_option(parser: argparse.ArgumentParser) -> None:
+    """The option of the races whose prompts must have a certain length."""
+    parser.add_argument(
+        "--any-length", action="store_true", help="take a model for which the prompts have another length than is asked"
+    )
 
 
 def race_of(args: argparse.Namespace) -> Race:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import race
 
-PROGRAMS = (race.LLAMA_BENCH, "llama-batched-bench", race.LLAMA_SERVER)
+PROGRAMS = (*race.PROGRAMS, race.LLAMA_SERVER)
 LOCK = race.ROOT / "vendor" / "llama.cpp.lock"
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",

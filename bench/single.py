@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import race
-from adapter import Call, Request
+from adapter import Call, Request, one_by_one
 from make_model import endless_copy
 
 N_PROMPT, N_GEN, N_SMALL, N_LONG = 512, 128, 512, 2000
@@ -63,9 +63,7 @@ def large_rates(calls: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     for call in calls:
         by_name.setdefault(call["name"], []).append(call)
     rates = {f"prompt_{N_PROMPT}": [call["prompt_tokens"] / call["wall_s"] for call in by_name["prompt"]]}
-    lengths = {call["prompt_tokens"] for call in by_name["prompt"]}
-    if lengths != {N_PROMPT}:
-        raise RuntimeError(f"the prompt has {lengths} tokens instead of {N_PROMPT}; use a model of bench/make_model.py")
+    race.check_lengths(by_name["prompt"], N_PROMPT)
     for kind in ("greedy", "sampled"):
         pairs = zip(by_name[f"{kind} first"], by_name[f"{kind} all"], strict=True)
         rates[f"{kind}_{N_GEN}"] = [
@@ -113,29 +111,29 @@ def llama_bench(
 def race_large(contest: race.Race, args: argparse.Namespace) -> None:
     """Every subject with the same number of threads; llama-bench as it comes."""
     tests = {f"prompt_{N_PROMPT}": f"pp{N_PROMPT}", f"greedy_{N_GEN}": f"tg{N_GEN}", f"sampled_{N_GEN}": f"tg{N_GEN}"}
-    request = Request(str(args.large), n_ctx=1024, calls=large_calls(args.repetitions))
+    request = Request(str(args.large), n_ctx=1024, waves=one_by_one(large_calls(args.repetitions)))
 
     def measure(subject: race.Subject) -> dict[str, list[float]]:
         if subject.name == race.LLAMA_BENCH:
             program = contest.reference_program(race.LLAMA_BENCH)
             return llama_bench(program, args.large, subject.n_threads, tests, args.repetitions)
-        return large_rates(contest.ask(subject, request)[0]["calls"])
+        return large_rates(race.calls_of(contest.ask(subject, request)[0]))
 
-    contest.run(args.rounds, contest.entrants([args.threads], args.threads), measure)
+    contest.run(args.rounds, contest.entrants([args.threads], args.threads, [race.LLAMA_BENCH]), measure)
 
 
 def race_small(contest: race.Race, args: argparse.Namespace, model: Path) -> None:
     """Every peer with each of its settings, of which the best counts; tea_llm with its own choice."""
     tests = {figure.name: f"tg{N_LONG if '2000' in figure.name else N_SMALL}" for figure in SMALL_FIGURES}
-    request = Request(str(model), n_ctx=SMALL_CONTEXT, calls=small_calls(args.repetitions))
+    request = Request(str(model), n_ctx=SMALL_CONTEXT, waves=one_by_one(small_calls(args.repetitions)))
 
     def measure(subject: race.Subject) -> dict[str, list[float]]:
         if subject.name == race.LLAMA_BENCH:
             program = contest.reference_program(race.LLAMA_BENCH)
             return llama_bench(program, model, subject.n_threads, tests, args.repetitions)
-        return small_rates(contest.ask(subject, request)[0]["calls"])
+        return small_rates(race.calls_of(contest.ask(subject, request)[0]))
 
-    contest.run(args.rounds, contest.entrants(args.small_threads, None), measure)
+    contest.run(args.rounds, contest.entrants(args.small_threads, None, [race.LLAMA_BENCH]), measure)
 
 
 def main() -> int:

@@ -1,15 +1,18 @@
-"""What every adapter does alike: read a request, make its calls one after the other, say how long each took.
+"""What every adapter does alike: read a request, make its calls wave by wave, say how long each took.
 
 An adapter is a program of its own, so that each subject runs alone in its process and may live in its own environment.
 Standard input holds one request, standard output one reply, both JSON; what the subject itself prints goes to stderr.
 
-    request  {"model": path, "n_ctx": int, "n_threads": int | null, "flash_attn": bool | null, "server": path | null,
-              "calls": [{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool}, …]}
-    reply    {"version": str, "started": s | null, "rss_bytes": int,
-              "calls": [{"name", "prompt_tokens", "tokens", "wall_s", "first_s" | null, "last_s" | null, "ended"}, …]}
+    request  {"model": path, "n_ctx": int, "n_parallel": int | null, "n_threads": int | null, "flash_attn": bool | null,
+              "prompt_cache": bool, "features": [str, …], "server": path | null,
+              "waves": [[{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool}, …], …]}
+    reply    {"version": str, "started": s | null, "rss_bytes": int, "waves": [{"wall_s", "calls":
+              [{"name", "prompt_tokens", "tokens", "wall_s", "first_s" | null, "last_s" | null, "ended"}, …]}, …]}
 
-`started` and `ended` are readings of the system's monotonic clock, the same in every process. `first_s` and `last_s`
-are when the first and the last chunk of a streamed call arrived, from the call's begin.
+The calls of a wave start together, from as many threads; a wave begins when the one before has ended. A subject that
+serves one caller at a time gets them one after the other, as its users have to do it. All times of a call are from its
+wave's begin: `wall_s` until it returned, `first_s` and `last_s` until the first and the last chunk of a streamed call
+arrived. `started` and `ended` are readings of the system's monotonic clock, the same in every process.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,19 +43,34 @@ class Call:
     stream: bool = False
 
 
+Wave = tuple[Call, ...]
+"""Calls that start together."""
+
+
+def one_by_one(calls: Iterable[Call]) -> tuple[Wave, ...]:
+    """Each call in a wave of its own."""
+    return tuple((call,) for call in calls)
+
+
 @dataclass(frozen=True)
 class Request:
     """What one adapter has to do. `server` is the path of the program for adapters that start one.
 
-    None for `n_threads` and `flash_attn` leaves them to the subject.
+    `n_ctx` is what one call may use, of which there are `n_parallel` at a time. Without `prompt_cache` nothing that was
+    computed for an earlier call may be used again, where the subject lets its user say so. `features` are switched on
+    besides; each adapter has a table of those that it knows. None for `n_parallel`, `n_threads` and `flash_attn` leaves
+    them to the subject; a server then has one slot.
     """
 
     model: str
     n_ctx: int
     n_threads: int | None = None
     flash_attn: bool | None = None
-    calls: tuple[Call, ...] = ()
+    waves: tuple[Wave, ...] = ()
     server: str | None = None
+    n_parallel: int | None = None
+    prompt_cache: bool = False
+    features: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The request as an adapter reads it."""
@@ -62,7 +80,8 @@ class Request:
     def from_json(cls, text: str) -> Request:
         """The request that `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "calls": tuple(Call(**call) for call in fields["calls"])})
+        waves = tuple(tuple(Call(**call) for call in wave) for wave in fields["waves"])
+        return cls(**{**fields, "waves": waves, "features": tuple(fields["features"])})
 
 
 @dataclass
@@ -90,10 +109,14 @@ class Counts:
 
 
 class Peer(Protocol):
-    """A loaded model that answers calls; `started` and `pid` name another process where the model lives in one."""
+    """A loaded model that answers calls; `started` and `pid` name another process where the model lives in one.
+
+    `at_once` says whether `generate` may be called from several threads.
+    """
 
     started: float | None
     pid: int
+    at_once: bool
 
     def version(self) -> str:
         """The subject's own version; asked for after the clock has stopped."""
@@ -109,6 +132,7 @@ class InProcess:
     """The part of a `Peer` that is the same for all that load the model into the adapter's own process."""
 
     started: float | None = None
+    at_once = True
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -126,10 +150,9 @@ def peak_rss_bytes(pid: int) -> int:
     raise RuntimeError(f"/proc/{pid}/status has no VmHWM line")
 
 
-def make_call(peer: Peer, call: Call) -> dict[str, Any]:
+def make_call(peer: Peer, call: Call, begin: float) -> dict[str, Any]:
     """One row of the reply. Raises RuntimeError if the subject ended before `n_tokens`: its time would not compare."""
     chunks = Chunks()
-    begin = time.monotonic()
     counts = peer.generate(call, chunks)
     ended = time.monotonic()
     if counts.tokens < call.n_tokens:
@@ -144,6 +167,20 @@ def make_call(peer: Peer, call: Call) -> dict[str, Any]:
     }
 
 
+def make_wave(peer: Peer, calls: Wave) -> dict[str, Any]:
+    """The rows of one wave, and how long all of it took."""
+    if len(calls) == 1 or not peer.at_once:
+        begin = time.monotonic()
+        rows = [make_call(peer, call, begin) for call in calls]
+    else:
+        from concurrent.futures import ThreadPoolExecutor  # not where load.py would measure its import
+
+        with ThreadPoolExecutor(len(calls)) as threads:
+            begin = time.monotonic()
+            rows = list(threads.map(lambda call: make_call(peer, call, begin), calls))
+    return {"wall_s": max(row["ended"] for row in rows) - begin, "calls": rows}
+
+
 def serve(open_peer: Callable[[Request], Peer], doc: str | None) -> None:
     """Answer the request on standard input; an adapter's whole main program."""
     if len(sys.argv) > 1:  # no argparse: its import would be part of every start that load.py measures
@@ -154,12 +191,12 @@ def serve(open_peer: Callable[[Request], Peer], doc: str | None) -> None:
     request = Request.from_json(sys.stdin.read())
     peer = open_peer(request)
     try:
-        calls = [make_call(peer, call) for call in request.calls]
+        waves = [make_wave(peer, wave) for wave in request.waves]
         reply = {
             "version": peer.version(),
             "started": peer.started,
             "rss_bytes": peak_rss_bytes(peer.pid),
-            "calls": calls,
+            "waves": waves,
         }
     finally:
         peer.close()

@@ -1,6 +1,7 @@
 """cyllama through `LLM`.
 
-It has no setting for threads, so they are set on the context that it keeps; and none for flash attention.
+It has no setting for threads, so they are set on the context that it keeps; and none for flash attention. It refuses a
+second caller, and forgets every prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, se
 
 class Cyllama(InProcess):
     """A `LLM` with a context of fixed size, which it then keeps between calls."""
+
+    at_once = False
 
     def __init__(self, request: Request) -> None:
         import cyllama

@@ -1,4 +1,8 @@
-"""llama-cpp-python through `Llama.create_completion`; flash attention is off unless the request says otherwise."""
+"""llama-cpp-python through `Llama.create_completion`; flash attention is off unless the request says otherwise.
+
+A second caller of one `Llama` crashes the process. It always uses again what the call before has in common with a call.
+The feature `ram-cache` gives it a `LlamaRAMCache`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, se
 
 class LlamaCppPython(InProcess):
     """A `Llama`; its prompt batch is llama.cpp's own default of 2,048, not its 512."""
+
+    at_once = False
 
     def __init__(self, request: Request) -> None:
         import llama_cpp
@@ -23,6 +29,8 @@ class LlamaCppPython(InProcess):
             no_perf=True,
             verbose=False,
         )
+        if "ram-cache" in request.features:
+            self._llama.set_cache(llama_cpp.LlamaRAMCache())
 
     def version(self) -> str:
         import llama_cpp

@@ -6,14 +6,15 @@ from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, se
 
 
 class Tea(InProcess):
-    """A `LocalLlmBackend` with the request's context and threads; None leaves the thread count to tea_llm."""
+    """A `LocalLlmBackend` with the request's context, threads and calls at a time; None leaves a number to tea_llm."""
 
     def __init__(self, request: Request) -> None:
         from tea_llm import LlmCallParams, LocalLlmBackend
 
         super().__init__()
         self._params = LlmCallParams
-        self._backend = LocalLlmBackend(request.model, n_ctx=request.n_ctx, n_threads=request.n_threads)
+        at_a_time = {} if request.n_parallel is None else {"n_parallel": request.n_parallel}
+        self._backend = LocalLlmBackend(request.model, n_ctx=request.n_ctx, n_threads=request.n_threads, **at_a_time)
 
     def version(self) -> str:
         from importlib.metadata import version
