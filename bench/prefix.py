@@ -82,7 +82,7 @@ def shared_wave(n: int, first_salt: int, args: argparse.Namespace) -> Wave:
     """`n` calls with the same beginning; no two go on with the same word."""
     system = race.text_of(args.system_tokens, 0)
     endings = (race.text_of(args.own_tokens, first_salt + i) for i in range(n))
-    return tuple(Call("shared", f"{system} {ending}", args.tokens, stream=True) for ending in endings)
+    return tuple(Call("shared", system + ending, args.tokens, stream=True) for ending in endings)
 
 
 def median_first_s(wave: Mapping[str, Any]) -> float:
@@ -125,7 +125,7 @@ def endings_calls(race_name: str, args: argparse.Namespace) -> list[Call]:
     for i in range(N_ENDINGS):
         if calls and race_name == BETWEEN:
             calls.append(Call("other", race.text_of(N_BETWEEN, 20 + i), N_ANSWER, stream=True))
-        calls.append(Call("ending", f"{prefix} {race.text_of(N_ENDING, i)}", N_ANSWER, stream=True))
+        calls.append(Call("ending", prefix + race.text_of(N_ENDING, i), N_ANSWER, stream=True))
     return calls
 
 

@@ -317,9 +317,12 @@ N_SALTS = len(_WORDS)
 
 
 def text_of(n_words: int, salt: int) -> str:
-    """A prompt of `n_words` tokens in Qwen's vocabulary; another `salt` begins with another word, so no cache helps."""
+    """A prompt of `n_words` tokens in Qwen's vocabulary; another `salt` begins with another word, so no cache helps.
+
+    It begins with a space, as some words are two tokens without; so texts can be put together as they are.
+    """
     first = salt % len(_WORDS)
-    return " ".join(_WORDS[(first + i * (1 + salt % 7)) % len(_WORDS)] for i in range(n_words))
+    return "".join(" " + _WORDS[(first + i * (1 + salt % 7)) % len(_WORDS)] for i in range(n_words))
 
 
 def calls_of(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
