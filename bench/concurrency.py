@@ -6,7 +6,9 @@ Eight and sixteen different prompts of 256 tokens, all submitted at the same mom
 greedy and streamed, after a call that only warms up.
 
   total         all generated tokens, over the seconds from that moment until the last call returned
-  first_token   the median over the calls, from that moment to the call's first chunk
+  first_token   the median over the calls, from that moment to the call's first chunk; llama-server with its own batch
+                of 2,048 tokens, so that it reads eight prompts side by side
+  first_token_N_any_batch   the same, llama-server also with a batch of 512, in which it reads two prompts at a time
   streamed      tea_llm's own total at sixteen, over what it is when nobody takes the text before it is whole; both in
                 processes of their own, one right after the other
 
@@ -22,14 +24,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import race
 from adapter import Call, Request, Wave
 
 _EACH = (race.Variant(), race.Variant(features=("kv-unified",)))
-VARIANTS = {race.LLAMA_SERVER: _EACH, race.XLLAMACPP: _EACH, race.LLAMA_BATCHED_BENCH: _EACH}
+_SMALL_BATCH = race.Variant(features=("small-batch",))
+VARIANTS = {race.LLAMA_SERVER: (*_EACH, _SMALL_BATCH), race.XLLAMACPP: _EACH, race.LLAMA_BATCHED_BENCH: _EACH}
 
 
 def figures_of(n: int) -> tuple[race.Figure, ...]:
@@ -39,6 +41,7 @@ def figures_of(n: int) -> tuple[race.Figure, ...]:
         race.Figure(f"total_{n}", "tokens/s", race.LLAMA_BATCHED_BENCH, 0.97),
         race.Figure(f"total_{n}", "tokens/s", race.LLAMA_CPP_PYTHON, 1.35),
         race.Figure(f"first_token_{n}", "s", race.LLAMA_SERVER, 0.65, higher_is_better=False),
+        race.Figure(f"first_token_{n}_any_batch", "s", race.LLAMA_SERVER, None, higher_is_better=False),
     )
 
 
@@ -67,7 +70,7 @@ def batched_bench(program: Path, subject: race.Subject, n: int, args: argparse.N
         options += " -kvu"
     said = race.run([str(program), "-m", str(args.model), *options.split()])
     (row,) = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    return n * args.tokens / float(row["t_pp"] + row["t_tg"])
+    return float(n * args.tokens / (row["t_pp"] + row["t_tg"]))
 
 
 def race_at(contest: race.Race, n: int, args: argparse.Namespace, *, plain_too: bool) -> None:
@@ -87,10 +90,10 @@ def race_at(contest: race.Race, n: int, args: argparse.Namespace, *, plain_too: 
             program = contest.reference_program(race.LLAMA_BATCHED_BENCH)
             return {f"total_{n}": [batched_bench(program, subject, n, args)]}
         streamed = last_wave(subject, stream=True)
-        found = {
-            f"total_{n}": [total_rate(streamed)],
-            f"first_token_{n}": [median(call["first_s"] for call in streamed["calls"])],
-        }
+        first_s = race.median_first_s(streamed)
+        found = {f"total_{n}": [total_rate(streamed)], f"first_token_{n}_any_batch": [first_s]}
+        if subject.variant != _SMALL_BATCH:
+            found[f"first_token_{n}"] = [first_s]
         if plain_too and subject.name == race.OURS:
             found[f"streamed_{n}"] = [total_rate(streamed) / total_rate(last_wave(subject, stream=False))]
         return found

@@ -27,10 +27,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import race
 from adapter import Call, Request, Wave, one_by_one
@@ -85,11 +84,6 @@ def shared_wave(n: int, first_salt: int, args: argparse.Namespace) -> Wave:
     return tuple(Call("shared", system + ending, args.tokens, stream=True) for ending in endings)
 
 
-def median_first_s(wave: Mapping[str, Any]) -> float:
-    """The median time to the first chunk of a wave's calls."""
-    return float(median(call["first_s"] for call in wave["calls"]))
-
-
 def race_shared(contest: race.Race, args: argparse.Namespace) -> None:
     """All callers at once, three waves of them in each process."""
     n = args.parallel
@@ -104,11 +98,12 @@ def race_shared(contest: race.Race, args: argparse.Namespace) -> None:
         _, cold, again, new = reply["waves"]
         if not args.any_length:
             race.check_lengths([*cold["calls"], *again["calls"], *new["calls"]], n_prompt)
+        cold_first_s = race.median_first_s(cold)
         found = {
             "shared_cold": [cold["wall_s"]],
-            "shared_first_token": [median_first_s(cold)],
-            "shared_again": [median_first_s(again) / median_first_s(cold)],
-            "shared_new_endings": [median_first_s(new) / median_first_s(cold)],
+            "shared_first_token": [cold_first_s],
+            "shared_again": [race.median_first_s(again) / cold_first_s],
+            "shared_new_endings": [race.median_first_s(new) / cold_first_s],
         }
         if subject.variant.n_slots is None:
             found["shared_cold_slot_each"] = found["shared_cold"]

@@ -330,6 +330,11 @@ def calls_of(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [call for wave in reply["waves"] for call in wave["calls"]]
 
 
+def median_first_s(wave: Mapping[str, Any]) -> float:
+    """The median time to the first chunk over the calls of a wave, which were streamed."""
+    return float(median(call["first_s"] for call in wave["calls"]))
+
+
 def check_lengths(calls: Iterable[Mapping[str, Any]], n_tokens: int) -> None:
     """Raises RuntimeError if a prompt is not `n_tokens` long."""
     lengths = {call["prompt_tokens"] for call in calls}

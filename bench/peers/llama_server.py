@@ -2,7 +2,8 @@
 call a connection.
 
 The client counts lines and parses only the last message, so that it takes as little as can be from the server's cores.
-Features: `kv-unified` (one KV cache for all slots), `ram-cache`, and `cache-reuse` (shifts what matches further on).
+Features: `kv-unified` (one KV cache for all slots), `ram-cache`, `cache-reuse` (shifts what matches further on), and
+`small-batch` (a quarter of the prompt tokens between two steps of the texts that are being written).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _FEATURES = {
     "kv-unified": ("-no-kvu", "-kvu"),
     "ram-cache": ("--cache-ram 0", f"--cache-ram {RAM_CACHE_MIB}"),
     "cache-reuse": ("--cache-reuse 0", "--cache-reuse 32"),
+    "small-batch": ("", "-b 512"),
 }
 """The options for each feature, without it and with it."""
 

@@ -1,6 +1,6 @@
 """xllamacpp through `Server.handle_completions`: llama-server inside the process, a slot for each call at a time.
 
-The features are those of llama_server.py, but for `cache-reuse`.
+Features: `kv-unified` and `ram-cache`, as in llama_server.py.
 """
 
 from __future__ import annotations
