@@ -12,6 +12,7 @@ from libc.math cimport isfinite, sqrt
 from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint32_t
 from libcpp cimport bool
 from libcpp.atomic cimport atomic
+from libcpp.memory cimport make_shared, shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
@@ -318,6 +319,13 @@ cdef class Model:
         return llama_model_has_decoder(self._model)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether texts that begin alike can share what was computed: not with a sliding window or a recurrent state."""
+        self._check()
+        return not (llama_model_n_swa(self._model) > 0 or llama_model_is_recurrent(self._model)
+                    or llama_model_is_hybrid(self._model))
+
+    @property
     def chat_template(self) -> str | None:
         """The file's Jinja chat template, or None."""
         self._check()
@@ -375,10 +383,7 @@ cdef class Model:
 
     def is_eog(self, token) -> bool:
         """Whether `token` ends a generation. So does BOS: it begins another document."""
-        return self._ends(self._check_tokens([token])[0])
-
-    cdef bint _ends(self, llama_token token) noexcept nogil:
-        return llama_vocab_is_eog(self._vocab, token) or token == llama_vocab_bos(self._vocab)
+        return ends_text(self._vocab, self._check_tokens([token])[0])
 
     def is_control(self, token) -> bool:
         """Whether `token` is a control token, which has no text of its own."""
@@ -430,18 +435,8 @@ cdef class Model:
         """The bytes of one token, which need not be whole characters. `special` writes control tokens out."""
         cdef llama_token checked = self._check_tokens([token])[0]
         cdef string piece
-        self._piece(checked, special, piece)
+        read_piece(self._vocab, checked, special, piece)
         return piece
-
-    cdef int _piece(self, llama_token token, bint special, string& out) except -1 nogil:
-        cdef int32_t n
-        out.resize(64)
-        n = llama_token_to_piece(self._vocab, token, &out[0], out.size(), 0, special)
-        if n < 0:
-            out.resize(-n)
-            n = llama_token_to_piece(self._vocab, token, &out[0], out.size(), 0, special)
-        out.resize(n)
-        return 0
 
     cdef vector[llama_token] _check_tokens(self, tokens) except *:
         """`tokens` as C integers. llama.cpp reads past its tables for an id that is out of range."""
@@ -530,6 +525,11 @@ cdef class Context:
     With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. `flash_attn` None leaves the
     choice to llama.cpp; `kv_f32` keeps keys and values in F32 and not F16, twice the memory. One thread at a time.
 
+    `n_seq_max` texts share the `n_ctx` cells of the KV cache. With `reuse`, texts that ended are kept there while there
+    is room, in `n_kept_max` cells at most, so that another text which begins alike need not compute them again; what
+    has to leave goes into `n_host_max` bytes of host memory. A recurrent model or one with a sliding window can't share
+    a beginning: there a kept text is found by one that continues it.
+
     Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
     """
 
@@ -544,12 +544,12 @@ cdef class Context:
     cdef readonly int n_batch
     cdef readonly int n_seq_max
     cdef readonly int n_threads
-    cdef int64_t _n_generations      # the last of them owns the KV cache
+    cdef Batch* _batch               # the texts being generated; NULL with embeddings
     cdef readonly bint embeddings
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
-                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None,
-                 bint kv_f32=False):
+                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None, bint kv_f32=False,
+                 bint reuse=True, size_t n_kept_max=2**31, size_t n_host_max=0):
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
@@ -605,14 +605,27 @@ cdef class Context:
             raise errors.EngineError(f"{n_threads} threads could not be started; try a smaller n_threads")
         ggml_threadpool_pause(self._threads)
         llama_attach_threadpool(ctx, self._threads, self._threads)
+        if embeddings:
+            llama_set_abort_callback(ctx, _is_cancelled, &self._cancel)
+            return
+        cdef PrefixCacheOptions options
+        options.n_seq = n_seq_max
+        options.reuse = reuse
+        options.whole = not model.shares_prefixes
+        options.n_kept_max = n_kept_max
+        options.n_host_max = n_host_max
+        self._batch = new Batch(ctx, model._vocab, options)
 
     def __dealloc__(self):
         self._free()
 
     cdef void _free(self) noexcept:
         # A poisoned context is leaked: llama.cpp was left in the middle of its work. So is one of another process.
+        cdef Batch* batch = self._batch
+        self._batch = NULL  # before the GIL is gone: `wake` may come from any thread
         if self._ctx != NULL and not self._poisoned and self.model._pid == getpid():
             with nogil:
+                del batch
                 llama_detach_threadpool(self._ctx)
                 llama_free(self._ctx)
                 if self._threads != NULL:
@@ -658,8 +671,8 @@ cdef class Context:
             raise errors.EngineClosed("llama.cpp failed inside this Context; make a new one")
         return self.model._check()
 
-    cdef int _enter(self, atomic[bool]* cancelled) except -1:
-        """Take the context for this thread; `cancelled` ends what it computes."""
+    cdef int _enter(self) except -1:
+        """Take the context for this thread."""
         if self._busy.exchange(True):
             raise errors.EngineError("this Context is computing on another thread; a Context has one owner at a time")
         try:
@@ -667,15 +680,72 @@ cdef class Context:
         except BaseException:
             self._busy.store(False)
             raise
-        llama_set_abort_callback(self._ctx, _is_cancelled, cancelled)
         _listen()
         return 0
 
-    cdef void _leave(self) noexcept:
+    cdef void _rest(self) noexcept:
         # Idle workers would spin for a while, waiting for the next graph.
         if self._threads != NULL:
             ggml_threadpool_pause(self._threads)
-        self._busy.store(False)
+
+    def run(self, generations) -> list:
+        """News of `generations`: a pair (generation, text) for each that has new text or has ended.
+
+        Computes all of them together until one has news or `wake` is called. Prompts are read in the order given. A
+        text holds whole characters only, and may be "" at the end.
+
+        Raises EngineError when others hold all n_seq_max sequences, and EngineFault, after which the context is
+        `poisoned`: none of its generations can go on.
+        """
+        cdef vector[shared_ptr[Text]] texts
+        cdef Generation generation
+        cdef bint done
+        running = []
+        self._enter()
+        try:
+            if self.embeddings:
+                raise errors.BadRequest("this Context computes embeddings; make one without embeddings=True")
+            for generation in generations:
+                if generation.context is not self:
+                    raise errors.BadRequest("a Generation was made for another Context")
+                generation.sampler._enter()
+                running.append(generation)
+                texts.push_back(generation._text)
+            try:
+                with nogil:
+                    done = self._batch.run(texts)
+            except (errors.EngineError, MemoryError):
+                self._poisoned = True
+                raise
+            finally:
+                _last_words()
+            if not done:
+                raise errors.EngineError(
+                    f"other generations hold all {self.n_seq_max} sequences of this Context; raise n_seq_max")
+            return [(g, (<Generation>g)._take_text()) for g in running if (<Generation>g)._text.get().has_news()]
+        finally:
+            for generation in running:
+                generation.sampler._leave()
+            if all(g.ended for g in running):
+                self._rest()
+            self._busy.store(False)
+
+    def wake(self) -> None:
+        """Have `run` return after its current step, from any thread; if none runs, the next one after its first step."""
+        if self._batch != NULL:
+            self._batch.wake()
+
+    @property
+    def n_kept(self) -> int:
+        """Texts that are kept to be found again."""
+        self._check()
+        return 0 if self._batch == NULL else self._batch.cache().n_kept()
+
+    @property
+    def n_host_bytes(self) -> int:
+        """Host memory taken by kept texts that had to leave the KV cache."""
+        self._check()
+        return 0 if self._batch == NULL else self._batch.cache().n_host_bytes()
 
     def embed(self, texts, *, bint normalize=True) -> memoryview:
         """One vector per text in `texts`, a list of token lists, computed in one batch.
@@ -726,7 +796,7 @@ cdef class Context:
         cdef float* vectors = <float*>raw
         cdef bint with_memory
         self._cancel.store(False)
-        self._enter(&self._cancel)
+        self._enter()
         try:
             with nogil:
                 with_memory = llama_get_memory(self._ctx) != NULL
@@ -741,7 +811,8 @@ cdef class Context:
             self._poisoned = True
             raise
         finally:
-            self._leave()
+            self._rest()
+            self._busy.store(False)
         words = _last_words()
         if rc == 2:
             raise errors.Cancelled("embedding was cancelled")
@@ -903,36 +974,24 @@ cdef class Sampler:
         self._busy.store(False)
 
 
-cdef enum Finish:
-    RUNNING, STOP, LENGTH, CANCELLED
-
-_FINISH_REASON = {RUNNING: None, STOP: "stop", LENGTH: "length", CANCELLED: "cancelled"}
+_FINISH_REASON = {STOP: "stop", LENGTH: "length", CANCELLED: "cancelled"}
 
 
 cdef class Generation:
-    """One text being generated: `run` computes until there is text to hand out, and the end is None.
+    """One text being generated in a Context, alone by `run` or beside others by `Context.run`.
 
-    Takes the context for itself: what another generation computed in it is forgotten.
-
-    It ends with `length` after `max_tokens`, or when the context is full. Raises ContextOverflow when the prompt alone
-    leaves no room in it.
+    It ends with `length` after `max_tokens`, or when it has `n_ctx` tokens (None: as many as the context holds).
+    Raises ContextOverflow when the prompt alone leaves no room.
     """
 
     cdef readonly Context context
+    # the text samples with its chain
     cdef readonly Sampler sampler
-    cdef vector[llama_token] _prompt
-    cdef size_t _n_read              # tokens of the prompt that are in the KV cache
-    cdef llama_token _token          # sampled, not yet decoded; -1 if none
-    cdef int32_t _n_max
-    cdef Finish _finish
-    cdef int64_t _number             # among the context's generations
-    cdef atomic[bool] _cancelled
-    cdef TextFilter _text
-    cdef string _piece
-    cdef int64_t _started_us, _first_us, _ended_us
-    cdef readonly int n_generated
+    cdef shared_ptr[Text] _text      # the batch holds it too
+    cdef int64_t _made_us
 
-    def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=()):
+    def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=(),
+                 bint stream=False, n_ctx=None):
         if self.context is not None:
             raise errors.EngineError("this Generation is made already; make a new one")
         if context.embeddings:
@@ -940,179 +999,125 @@ cdef class Generation:
         if sampler.model is not context.model:
             raise errors.BadRequest("the Sampler was made for another Model than the Context")
         context._check()
-        self.context = context
-        self.sampler = sampler
-        self._prompt = context.model._check_tokens(prompt)
-        if self._prompt.empty():
+        cdef shared_ptr[Text] shared = make_shared[Text]()
+        cdef Text* text = shared.get()
+        text.tokens = context.model._check_tokens(prompt)
+        text.n_prompt = text.tokens.size()
+        if text.n_prompt == 0:
             raise errors.BadRequest("the prompt has no tokens; give some text to continue")
-        cdef int32_t n_free = context.n_ctx - <int32_t>self._prompt.size()
+        cdef int64_t n_max = context.n_ctx if n_ctx is None else min(n_ctx, context.n_ctx)
+        cdef int64_t n_free = n_max - <int64_t>text.n_prompt
         if n_free < 1:
             raise errors.ContextOverflow(
-                f"the prompt has {self._prompt.size()} tokens, but the context holds {context.n_ctx}; shorten the prompt, "
-                "raise n_ctx or set truncate: true", n_prompt=self._prompt.size(), n_ctx=context.n_ctx)
-        self._n_max = n_free if max_tokens is None else min(max_tokens, n_free)
-        for text in stop:
-            if not text:
+                f"the prompt has {text.n_prompt} tokens, but the context holds {n_max}; shorten the prompt, "
+                "raise n_ctx or set truncate: true", n_prompt=text.n_prompt, n_ctx=n_max)
+        text.n_max = n_free if max_tokens is None else min(max_tokens, n_free)
+        for word in stop:
+            if not word:
                 raise errors.BadRequest("a stop string is empty; leave it out")
-            self._text.add_stop(_utf8(text, "a stop string"))
-        self._token = -1
-        self._finish = RUNNING
+            text.filter.add_stop(_utf8(word, "a stop string"))
+        text.chain = &sampler._chain
+        text.n_lookback = sampler._n_lookback
+        text.stream = stream
+        self.context = context
+        self.sampler = sampler
+        self._text = shared
+        self._made_us = now_us()
+
+    cdef Text* _made(self) except NULL:
+        if self._text.get() == NULL:
+            raise errors.EngineClosed("this Generation was never made")
+        return self._text.get()
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop` (the model or a stop string ended it), `length`, `cancelled`, or None while it runs."""
-        return _FINISH_REASON[self._finish]
+        """`stop` (the model or a stop string ended it), `length` or `cancelled`; None while it runs or after an error."""
+        return _FINISH_REASON.get(self._made().finish.load())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be computed: there is a `finish_reason` or an `error`."""
+        return self._made().finish.load() != RUNNING
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended this text alone, while others in the batch went on; None if nothing did."""
+        cdef Text* text = self._made()
+        if text.finish.load() == FAULT:
+            return errors.EngineFault(text.fault.decode("utf-8", "replace"))
+        if text.finish.load() != NO_TOKEN:
+            return None
+        if self.sampler._constrained:
+            return errors.BadRequest("grammar and logit_bias leave no token to choose from; loosen them")
+        return errors.EngineError("the model's output is not a number; its file may be damaged")
 
     @property
     def n_prompt(self) -> int:
         """Tokens of the prompt."""
-        return self._prompt.size()
+        return self._made().n_prompt
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens generated so far."""
+        return self._made().n_generated.load()
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens of the prompt that did not have to be computed, as the context held them already."""
+        return self._made().n_cached
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds from the making of this object to its first turn in the batch, or until now."""
+        cdef Text* text = self._made()
+        return ((text.begun_us or now_us()) - self._made_us) / 1e6
 
     @property
     def prompt_s(self) -> float:
-        """Seconds from the first `run` to the first token."""
-        return max(self._first_us - self._started_us, 0) / 1e6
+        """Seconds from its first turn in the batch to the first token."""
+        cdef Text* text = self._made()
+        return max(text.first_us - text.begun_us, 0) / 1e6
 
     @property
     def generation_s(self) -> float:
         """Seconds from the first token to the last."""
-        return max(self._ended_us - self._first_us, 0) / 1e6
+        cdef Text* text = self._made()
+        return max(text.last_us - text.first_us, 0) / 1e6
 
     def cancel(self) -> None:
-        """End the generation, from any thread: `run` hands out what it has, then None."""
-        self._cancelled.store(True)
+        """End the generation, from any thread: what it has so far can still be taken."""
+        self._made().cancelled.store(True)
+
+    cdef str _take_text(self):
+        """The text that is ready and was not taken yet. Called by the one thread that has the context."""
+        cdef Text* text = self._text.get()
+        cdef char* ready = <char*>text.filter.ready().data()
+        cdef Py_ssize_t n_ready = text.filter.ready().size(), n_decoded
+        # At the end Stateful leaves out a character that is unfinished; before it, what isn't whole will never be.
+        if text.finish.load() == RUNNING:
+            taken = PyUnicode_DecodeUTF8(ready, n_ready, "replace")
+        else:
+            taken = PyUnicode_DecodeUTF8Stateful(ready, n_ready, "replace", &n_decoded)
+        text.filter.clear_ready()
+        return taken
 
     def run(self, *, bint stream=False) -> str | None:
         """The next piece of text: what came with the next token if `stream`, else all the rest. None at the end.
 
-        Raises EngineFault, after which the context is `poisoned`, or EngineError.
+        Raises EngineFault, after which the context is `poisoned`, EngineError or BadRequest.
         """
-        cdef char* ready
-        cdef Py_ssize_t n_ready, n_decoded
-        if self._finish != RUNNING:
-            return None
-        if self.context is None:
-            raise errors.EngineClosed("this Generation was never made")
-        self.context._enter(&self._cancelled)
-        try:
-            self._own_context()
-            self.sampler._enter()
-            try:
-                with nogil:
-                    self._run(stream)
-            except (errors.EngineError, MemoryError):
-                self.context._poisoned = True
-                self._finish = CANCELLED
-                raise
-            finally:
-                self.sampler._leave()
-                _last_words()
-            if not self._text.has_ready():
-                return None
-            # At the end Stateful leaves out a character that is unfinished; before it, what isn't whole will never be.
-            ready = <char*>self._text.ready().data()
-            n_ready = self._text.ready().size()
-            if self._finish == RUNNING:
-                text = PyUnicode_DecodeUTF8(ready, n_ready, "replace")
-            else:
-                text = PyUnicode_DecodeUTF8Stateful(ready, n_ready, "replace", &n_decoded)
-            self._text.clear_ready()
-            return text or None
-        finally:
-            if self._finish != RUNNING:
-                self.context._leave()
-            else:
-                self.context._busy.store(False)
-
-    cdef int _own_context(self) except -1:
-        """The first run takes the KV cache; a Generation that has lost it to another can't go on."""
-        if self._number == 0:
-            self.context._n_generations += 1
-            self._number = self.context._n_generations
-        elif self._number != self.context._n_generations:
-            raise errors.EngineError("another Generation took this Context; finish one before the next begins")
-        return 0
-
-    cdef int _run(self, bint stream) except -1 nogil:
-        cdef llama_token token
-        if self._started_us == 0:
-            self._started_us = now_us()
-            llama_memory_clear(llama_get_memory(self.context._ctx), False)
-            self._read_prompt_into_sampler()
-        while self._finish == RUNNING and not (stream and self._text.has_ready()):
-            if self._n_max == 0:
-                return self._end(LENGTH)
-            if not self._decode():
-                return self._end(CANCELLED)
-            token = self.sampler._chain.sample(self.context._ctx, -1, self.context.model.n_vocab)
-            self._ended_us = now_us()
-            if self._first_us == 0:
-                self._first_us = self._ended_us
-            if token < 0:
-                self._no_token()
-            if self.context.model._ends(token):
-                return self._end(STOP)
-            self._token = token
-            self.n_generated += 1
-            self.context.model._piece(token, False, self._piece)
-            if self._text.push(self._piece.data(), self._piece.size()):
-                return self._end(STOP)
-            if self.n_generated >= self._n_max:
-                return self._end(LENGTH)
-        return 0
-
-    cdef int _end(self, Finish finish) except -1 nogil:
-        self._text.flush()
-        self._finish = finish
-        return 0
-
-    cdef int _read_prompt_into_sampler(self) except -1 nogil:
-        cdef size_t n = min(<size_t>self.sampler._n_lookback, self._prompt.size())
-        self.sampler._chain.read_prompt(self._prompt.data() + self._prompt.size() - n, <int32_t>n)
-        return 0
-
-    cdef int _decode(self) except -1 nogil:
-        """Computes the logits of the last token: of the prompt, in batches, or of the one sampled last. 0: cancelled."""
-        cdef llama_token* tokens = &self._token
-        cdef size_t n = 1
-        while True:
-            if self._cancelled.load():
-                return 0
-            if self._n_read < self._prompt.size():
-                tokens = self._prompt.data() + self._n_read
-                n = min(<size_t>self.context.n_batch, self._prompt.size() - self._n_read)
-                self._n_read += n
-            if not self._decode_batch(tokens, <int32_t>n):
-                return 0
-            if self._n_read >= self._prompt.size():
-                return 1
-
-    cdef int _decode_batch(self, llama_token* tokens, int32_t n) except -1 nogil:
-        cdef llama_batch batch
-        cdef int32_t rc
-        batch.n_tokens = n
-        batch.token = tokens
-        batch.embd = NULL
-        batch.pos = NULL      # follow the last position
-        batch.n_seq_id = NULL
-        batch.seq_id = NULL   # sequence 0
-        batch.logits = NULL   # of the last token
-        rc = decode(self.context._ctx, batch)
-        if rc == 2:
-            return 0
-        if rc != 0:
-            self._fail(b"llama.cpp could not compute the next batch")
-        return 1
-
-    cdef int _no_token(self) except -1 nogil:
-        if self.sampler._constrained:
-            with gil:
-                raise errors.BadRequest("grammar and logit_bias leave no token to choose from; loosen them")
-        return self._fail(b"the model's output is not a number; its file may be damaged")
-
-    cdef int _fail(self, const char* what) except -1 nogil:
-        with gil:
-            raise errors.EngineError(f"{what.decode()}: {_last_words()}")
+        while not self.ended:
+            self._text.get().stream = stream
+            for _, taken in self.context.run((self,)):
+                if taken:
+                    return taken
+        error = self.error
+        if error is not None:
+            raise error
+        return None
 
     def __repr__(self):
-        return f"Generation({self.n_prompt} + {self.n_generated} tokens, {self.finish_reason or 'running'})"
+        if self._text.get() == NULL:
+            return "Generation(never made)"
+        state = "running" if not self.ended else self.finish_reason or "failed"
+        return f"Generation({self.n_prompt} + {self.n_generated} tokens, {state})"

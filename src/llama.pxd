@@ -2,6 +2,8 @@
 # guard.hpp and carry `except +raise_fault`; the others return plain values and can do neither.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool
+from libcpp.atomic cimport atomic
+from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -52,10 +54,10 @@ cdef extern from "split_load.hpp" namespace "tea" nogil:
         llama_model* take()
 
 cdef extern from "text_filter.hpp" namespace "tea" nogil:
+    bool ends_text(const llama_vocab* vocab, llama_token token)
+    void read_piece(const llama_vocab* vocab, llama_token token, bool special, string& out) except +
     cppclass TextFilter:
         void add_stop(string stop) except +
-        bool push(const char* bytes, size_t n) except +
-        void flush() except +
         bool has_ready()
         const string& ready()
         void clear_ready()
@@ -67,9 +69,45 @@ cdef extern from "sampling.hpp" namespace "tea" nogil:
         int32_t k
         vector[llama_logit_bias] bias
         vector[llama_sampler*] lookback
-        void read_prompt(const llama_token* tokens, int32_t n) except +raise_fault
-        llama_token sample(llama_context* ctx, int32_t i, int32_t n_vocab) except +raise_fault
     llama_sampler* new_grammar(const llama_vocab* vocab, const char* grammar, const char* root) except +raise_fault
+
+cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
+    struct PrefixCacheOptions "tea::PrefixCache::Options":
+        int32_t n_seq
+        bool reuse
+        bool whole
+        size_t n_kept_max
+        size_t n_host_max
+    cppclass PrefixCache:
+        size_t n_live()
+        size_t n_kept()
+        size_t n_host_bytes()
+
+cdef extern from "batch.hpp" namespace "tea" nogil:
+    enum Finish:
+        RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT
+    cppclass Text "tea::Generation":
+        vector[llama_token] tokens
+        size_t n_prompt
+        int32_t n_max
+        atomic[int32_t] n_generated
+        Chain* chain
+        int32_t n_lookback
+        TextFilter filter
+        bool stream
+        atomic[bool] cancelled
+        atomic[Finish] finish
+        string fault
+        size_t n_cached
+        int64_t begun_us
+        int64_t first_us
+        int64_t last_us
+        bool has_news()
+    cppclass Batch:
+        Batch(llama_context* ctx, const llama_vocab* vocab, const PrefixCacheOptions& options) except +raise_fault
+        bool run(const vector[shared_ptr[Text]]& texts) except +raise_fault
+        void wake()
+        const PrefixCache& cache()
 
 cdef extern from "chat_template.hpp" namespace "tea" nogil:
     cppclass ChatTemplate:
@@ -180,6 +218,7 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_n_layer(const llama_model* model)
     int32_t llama_model_n_head_kv(const llama_model* model)
     int32_t llama_vocab_n_tokens(const llama_vocab* vocab)
+    int32_t llama_model_n_swa(const llama_model* model)
     int32_t llama_model_meta_count(const llama_model* model)
     int32_t llama_model_meta_key_by_index(const llama_model* model, int32_t i, char* buf, size_t buf_size)
     int32_t llama_model_meta_val_str_by_index(const llama_model* model, int32_t i, char* buf, size_t buf_size)
@@ -189,17 +228,15 @@ cdef extern from "llama.h" nogil:
     uint64_t llama_model_n_params(const llama_model* model)
     bool llama_model_has_encoder(const llama_model* model)
     bool llama_model_has_decoder(const llama_model* model)
+    bool llama_model_is_recurrent(const llama_model* model)
+    bool llama_model_is_hybrid(const llama_model* model)
     void llama_memory_clear(llama_memory_t mem, bool data)
-    float* llama_get_logits_ith(llama_context* ctx, int32_t i)
     float* llama_get_embeddings_seq(llama_context* ctx, llama_seq_id seq_id)
-    bool llama_vocab_is_eog(const llama_vocab* vocab, llama_token token)
     bool llama_vocab_is_control(const llama_vocab* vocab, llama_token token)
     llama_token llama_vocab_bos(const llama_vocab* vocab)
     llama_token llama_vocab_eos(const llama_vocab* vocab)
     llama_token llama_vocab_eot(const llama_vocab* vocab)
     bool llama_vocab_get_add_bos(const llama_vocab* vocab)
-    int32_t llama_token_to_piece(const llama_vocab* vocab, llama_token token, char* buf, int32_t length,
-                                 int32_t lstrip, bool special)
     llama_sampler* llama_sampler_chain_init(llama_sampler_chain_params params)
     void llama_sampler_chain_add(llama_sampler* chain, llama_sampler* sampler)
     int32_t llama_sampler_chain_n(const llama_sampler* chain)

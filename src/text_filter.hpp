@@ -5,7 +5,25 @@
 #include <utility>
 #include <vector>
 
+#include "llama.h"
+
 namespace tea {
+
+// Whether a token ends a text. So does BOS: it begins another document.
+inline bool ends_text(const llama_vocab * vocab, llama_token token) {
+    return llama_vocab_is_eog(vocab, token) || token == llama_vocab_bos(vocab);
+}
+
+// The bytes of a token, which need not be whole characters; `special` writes control tokens out.
+inline void read_piece(const llama_vocab * vocab, llama_token token, bool special, std::string & out) {
+    out.resize(64);
+    int32_t n = llama_token_to_piece(vocab, token, &out[0], static_cast<int32_t>(out.size()), 0, special);
+    if (n < 0) {
+        out.resize(-n);
+        n = llama_token_to_piece(vocab, token, &out[0], static_cast<int32_t>(out.size()), 0, special);
+    }
+    out.resize(n);
+}
 
 class TextFilter {
   public:

@@ -34,7 +34,11 @@ from tea_llm import (
 )
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
-from tea_llm.engine import Engine, EngineOptions, TextRequest, fit_threads, open_engine, release_engine
+from tea_llm.engine import Engine, EngineOptions, TextRequest
+from tea_llm.registry import open_engine, release_engine
+from tea_llm.sizing import fit_threads
+
+from .random_models import write_random
 
 FOX = " quick brown fox jumps over a lazy dog."
 THE = LlmCallParams("The", temperature=0)
@@ -66,6 +70,13 @@ def endless_path(scripted_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def endless(endless_path: Path) -> Iterator[LocalLlmBackend]:
     with LocalLlmBackend(endless_path) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def single(endless_path: Path) -> Iterator[LocalLlmBackend]:
+    """The same for one request at a time: the others wait."""
+    with LocalLlmBackend(endless_path, n_parallel=1) as backend:
         yield backend
 
 
@@ -137,7 +148,7 @@ def test_eight_threads_that_open_one_file_at_once_load_it_once(scripted_path):
         assert engine.model.n_vocab
         release_engine(engine)
     with pytest.raises(EngineClosed):
-        engines[0].submit(TextRequest("The"))
+        engines[0].generate(TextRequest("The"))
 
 
 @pytest.mark.parametrize("options", [{"n_ctx": 101}, {"n_batch": 7}, {"n_gpu_layers": 0}, {"pooling": "cls"}])
@@ -186,8 +197,10 @@ def test_backends_that_nobody_closed_free_the_model_when_they_are_collected(scri
     cycle.append(cycle)
     del backend, cycle
     gc.collect()
-    assert engine() is None
+    thread.join(SOON_S)  # it frees the model itself: a collection must not wait for what is computed
     assert not thread.is_alive()
+    gc.collect()
+    assert engine() is None
 
 
 def test_a_backend_closed_twice_gives_its_model_back_once(scripted_path):
@@ -300,15 +313,15 @@ def test_a_missing_file_is_not_found(tmp_path):
 
 
 # --- many requests ----------------------------------------------------------------------------------------------------
-def test_requests_queue_and_each_gets_its_own_answer(endless):
+def test_requests_queue_and_each_gets_its_own_answer(single):
     answers: dict[int, tuple[str, float]] = {}
 
     def ask(n: int) -> None:
-        result = endless.call(LlmCallParams("count" if n % 2 else "The", temperature=0, max_tokens=n % 7))
+        result = single.call(LlmCallParams("count" if n % 2 else "The", temperature=0, max_tokens=n % 7))
         answers[n] = (result.content, result.timings.queue_s)
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(40)]
-    with busy(endless) as enough:
+    with busy(single) as enough:
         for thread in threads:
             thread.start()
         time.sleep(0.3)
@@ -359,21 +372,21 @@ def test_threads_tasks_texts_and_vectors_share_one_model(endless):
 
 
 # --- cancel -----------------------------------------------------------------------------------------------------------
-def test_a_request_cancelled_in_the_queue_is_never_begun(endless):
-    with busy(endless) as enough:
-        ticket = endless._open_engine().submit(TextRequest("count"))
+def test_a_request_cancelled_in_the_queue_is_answered_at_once_and_never_begun(single):
+    with busy(single):
+        ticket = single._open_engine().generate(TextRequest("count"))
         ticket.cancel()
-        enough.set()
         with soon(), pytest.raises(Cancelled, match="before its turn"):
             list(ticket)
-    assert says_fox(endless)
+        assert not ticket.begun
+    assert says_fox(single)
 
 
 @pytest.mark.parametrize("when", ["queued", "at once", "generating"])
-def test_a_cancelled_task_gives_the_model_back(endless, when):
+def test_a_cancelled_task_gives_the_model_back(single, when):
     async def cancel() -> None:
         begun = asyncio.Event()
-        task = asyncio.create_task(endless.astream(FOR_EVER, lambda chunk: begun.set()))
+        task = asyncio.create_task(single.astream(FOR_EVER, lambda chunk: begun.set()))
         if when == "generating":
             await begun.wait()
         elif when == "queued":
@@ -386,13 +399,13 @@ def test_a_cancelled_task_gives_the_model_back(endless, when):
         assert begun.is_set() == (when == "generating")
 
     with contextlib.ExitStack() as stack:
-        enough = stack.enter_context(busy(endless)) if when == "queued" else None
+        enough = stack.enter_context(busy(single)) if when == "queued" else None
         with soon():
             asyncio.run(cancel())
         if enough:
             enough.set()
         with soon():
-            assert says_fox(endless)
+            assert says_fox(single)
 
 
 def test_a_task_cancelled_while_its_prompt_is_read_gives_the_model_back(shared_models, tmp_path):
@@ -460,24 +473,26 @@ LATE = LlmCallParams("count", temperature=0, max_tokens=None, timeout_s=0.3)
     ],
 )
 @pytest.mark.parametrize("where", ["queued", "running"])
-def test_a_deadline_ends_a_request_and_the_engine_goes_on(endless, ask, where):
+def test_a_deadline_ends_a_request_and_the_engine_goes_on(single, ask, where):
     with contextlib.ExitStack() as stack:
-        enough = stack.enter_context(busy(endless)) if where == "queued" else None
+        enough = stack.enter_context(busy(single)) if where == "queued" else None
         with soon(), pytest.raises(DeadlineExceeded, match=r"within 0\.3 s; raise timeout") as raised:
-            ask(endless)
+            ask(single)
         assert isinstance(raised.value, TimeoutError)
         if enough:
             enough.set()
         with soon():
-            assert says_fox(endless)
+            assert says_fox(single)
 
 
 def test_an_embedding_has_a_deadline_too(endless):
-    with busy(endless):
-        with soon(), pytest.raises(DeadlineExceeded):
-            endless.embed("x", timeout_s=0.1)
-        with soon(), pytest.raises(DeadlineExceeded):
-            asyncio.run(endless.aembed("x", timeout_s=0.1))
+    texts = [" one" * 2000] * 2000
+    with soon(), pytest.raises(DeadlineExceeded):
+        endless.embed(texts, timeout_s=0.1)
+    with soon(), pytest.raises(DeadlineExceeded):
+        asyncio.run(endless.aembed(texts, timeout_s=0.1))
+    with soon():
+        assert says_fox(endless)
 
 
 def test_a_request_in_time_has_its_answer(scripted):
@@ -487,7 +502,7 @@ def test_a_request_in_time_has_its_answer(scripted):
 
 # --- close ------------------------------------------------------------------------------------------------------------
 def test_close_ends_what_runs_and_refuses_what_waits(endless_path):
-    backend = LocalLlmBackend(endless_path, n_ctx=16000)
+    backend = LocalLlmBackend(endless_path, n_ctx=16000, n_parallel=1)
     begun = threading.Event()
     ended: list[object] = []
 
@@ -503,7 +518,7 @@ def test_close_ends_what_runs_and_refuses_what_waits(endless_path):
     threads += [threading.Thread(target=ask, args=(THE,)) for _ in range(3)]
     for thread in threads[1:]:
         thread.start()
-    while len(backend._open_engine()._work) < 3:
+    while len(backend._open_engine()._waiting) < 3:
         time.sleep(0.01)
     with soon():
         backend.close()
@@ -581,20 +596,54 @@ def test_a_text_ends_with_length_where_the_context_is_full(scripted_path):
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "ask", [lambda b, p: b.call(p), lambda b, p: b.stream(p, print), lambda b, p: asyncio.run(b.acall(p))]
-)
-def test_a_poisoned_context_is_replaced_for_the_next_request(scripted, ask):
+ASKS = [lambda b, p: b.call(p), lambda b, p: b.stream(p, print), lambda b, p: asyncio.run(b.acall(p))]
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_fault_of_one_text_is_its_callers_and_no_other_text_ends(endless, ask):
     # Every token the grammar allows is forbidden by a bias, so that llama.cpp's grammar throws.
-    forbidden: dict[int | str, float] = dict.fromkeys(range(scripted._open_engine().model.n_vocab), float("-inf"))
+    forbidden: dict[int | str, float] = dict.fromkeys(range(endless._open_engine().model.n_vocab), float("-inf"))
     params = LlmCallParams("x", temperature=0, grammar='root ::= "a"', logit_bias=forbidden)
-    assert says_fox(scripted)
-    context = scripted._open_engine()._text
-    with pytest.raises(EngineFault, match="grammar"):
-        ask(scripted, params)
-    assert context.poisoned
-    assert says_fox(scripted)
-    assert scripted._open_engine()._text is not context
+    with busy(endless):
+        context = endless._open_engine()._text
+        with pytest.raises(EngineFault, match="grammar"):
+            ask(endless, params)
+        assert says_fox(endless)
+    assert not context.poisoned
+    assert endless._open_engine()._text is context
+
+
+@pytest.fixture(scope="module")
+def learned_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a vector for each of 16 positions. llama.cpp asserts that there is one; so does the engine."""
+    return write_random("gpt2", tmp_path_factory.mktemp("learned") / "learned.gguf", n_ctx=16)
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_poisoned_context_is_replaced_for_the_next_request(learned_path, ask):
+    long, short = (LlmCallParams("x", temperature=0, max_tokens=n) for n in (40, 4))
+    with LocalLlmBackend(learned_path, n_parallel=8) as backend:
+        expected = backend.call(short).content
+        engine = backend._open_engine()
+        context, engine.n_ctx = engine._text, 100  # now nothing but llama.cpp stops a text that grows too long
+        with pytest.raises(EngineFault):
+            ask(backend, long)
+        assert context.poisoned
+        assert backend.call(short).content == expected
+        assert engine._text is not context
+
+
+def test_a_fault_inside_llama_cpp_reaches_all_whom_it_computed_for(learned_path):
+    long = LlmCallParams("x", temperature=0, max_tokens=40)
+    with LocalLlmBackend(learned_path, n_parallel=8) as backend:
+        backend._open_engine().n_ctx = 100
+
+        async def ask_all() -> list[Any]:
+            return await asyncio.gather(*(backend.acall(long) for _ in range(6)), return_exceptions=True)
+
+        faults = asyncio.run(ask_all())
+        assert [type(fault) for fault in faults] == [EngineFault] * 6
+        assert len(set(map(id, faults))) == 6  # each has a traceback of its own
 
 
 def test_a_request_that_fails_leaves_the_next_one_alone(scripted):

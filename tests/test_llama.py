@@ -32,6 +32,8 @@ from tea_llm.errors import (
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm._llama import Context, Generation, Loading, Model, Sampler
 
+from .random_models import write_random
+
 FOX = " quick brown fox jumps over a lazy dog."
 
 
@@ -143,10 +145,21 @@ def test_an_ended_generation_gives_none_again_and_again(model):
 
 def test_an_unmade_generation_is_closed():
     generation = Generation.__new__(Generation)
-    generation.cancel()
-    assert "0 tokens" in repr(generation)
-    with pytest.raises(EngineClosed):
-        generation.run()
+    assert "never made" in repr(generation)
+    for use in (
+        generation.run,
+        generation.cancel,
+        lambda: generation.ended,
+        lambda: generation.error,
+        lambda: generation.finish_reason,
+        lambda: (generation.n_prompt, generation.n_generated),
+        lambda: generation.n_cached,
+        lambda: generation.queue_s,
+        lambda: generation.prompt_s,
+        lambda: generation.generation_s,
+    ):
+        with pytest.raises(EngineClosed, match="never made"):
+            use()
 
 
 def test_a_finished_load_can_not_be_cancelled_any_more(scripted_path):
@@ -347,14 +360,14 @@ def test_a_model_is_read_by_many_threads_at_once(model):
     assert list(found.values()) == [expected] * 4
 
 
-def test_a_generation_that_lost_its_context_to_another_says_so(model):
+def test_a_generation_keeps_the_only_sequence_until_it_ends(model):
     context = Context(model)
-    first, second = greedy(context, "count"), greedy(context, "The")
-    first.run(stream=True)
-    assert second.run(stream=True) == " quick"
-    with pytest.raises(EngineError, match="another Generation took this Context"):
-        first.run()
-    assert second.run() == FOX.removeprefix(" quick")
+    first, second = greedy(context, "count", max_tokens=2), greedy(context, "The")
+    assert first.run(stream=True) == " one"
+    with pytest.raises(EngineError, match="other generations hold all 1 sequences of this Context; raise n_seq_max"):
+        second.run()
+    assert first.run() == " two"
+    assert second.run() == FOX
 
 
 # --- after fork() -----------------------------------------------------------------------------------------------------
@@ -559,18 +572,39 @@ def test_an_assert_inside_llama_cpp_poisons_the_context_and_spares_the_model(emb
     assert capfd.readouterr().err == ""
 
 
-def test_an_exception_inside_llama_cpp_poisons_the_context_and_spares_the_model(model):
+def test_an_assert_in_the_middle_of_a_text_poisons_its_context_and_spares_the_model(tmp_path):
+    # The model has learned 16 positions, and llama.cpp's get_rows asserts that there is one. n_ctx is ours to set here.
+    model = Model(write_random("gpt2", tmp_path / "learned.gguf", n_ctx=16))
+    context = Context(model, n_ctx=64, n_seq_max=2)
+    short, long = (Generation(context, Sampler(model, temperature=0), [5], max_tokens=n) for n in (4, 40))
+    expected = short.run()
+    with pytest.raises(EngineFault):
+        long.run()
+    assert context.poisoned
+    assert (long.ended, long.finish_reason) == (False, None)
+    for use in (long.run, lambda: Generation(context, Sampler(model), [5])):
+        with pytest.raises(EngineClosed, match="failed inside this Context"):
+            use()
+    context.close()
+    assert Generation(Context(model), Sampler(model, temperature=0), [5], max_tokens=4).run() == expected
+
+
+def test_an_exception_of_a_sampler_ends_its_text_and_no_other(model):
     # Every token the grammar allows is forbidden by a bias, so that the grammar's own check throws.
     forbidden = dict.fromkeys(range(model.n_vocab), float("-inf"))
     sampler = Sampler(model, temperature=0, grammar='root ::= "a"', logit_bias=forbidden)
-    generation = Generation(Context(model), sampler, [1])
-    with pytest.raises(EngineFault, match="grammar"):
-        generation.run()
-    assert generation.context.poisoned
-    assert generation.run() is None
-    with pytest.raises(EngineClosed):
-        greedy(generation.context, "The")
-    assert says_fox(model)
+    context = Context(model, n_seq_max=2)
+    failing, other = Generation(context, sampler, [1]), greedy(context, "The")
+    news = context.run([failing, other])
+    assert news == [(failing, "")]
+    assert (failing.ended, failing.finish_reason) == (True, None)
+    assert isinstance(failing.error, EngineFault)
+    for _ in range(2):
+        with pytest.raises(EngineFault, match="grammar"):
+            failing.run()
+    assert not context.poisoned
+    assert other.run() == FOX
+    assert other.error is None
 
 
 # --- what is refused before llama.cpp sees it -------------------------------------------------------------------------

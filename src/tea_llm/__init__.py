@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Cancelled,
         ContextOverflow,
         DeadlineExceeded,
+        EngineBusy,
         EngineClosed,
         EngineError,
         EngineFault,
@@ -49,9 +50,9 @@ _ROOMS = {
     "chat": ("format_chat_prompt",),
     "errors": (
         "ApiConnectionError", "ApiError", "ApiResponseError", "ApiStatusError", "ApiTimeout", "BadRequest", "Cancelled",
-        "ContextOverflow", "DeadlineExceeded", "EngineClosed", "EngineError", "EngineFault", "ExtensionMissing",
-        "FallbackError", "GrammarError", "LlmError", "ModelError", "ModelLoadError", "ModelNotFound", "OutOfMemory",
-        "SettingsError", "WorkflowError",
+        "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed", "EngineError", "EngineFault",
+        "ExtensionMissing", "FallbackError", "GrammarError", "LlmError", "ModelError", "ModelLoadError",
+        "ModelNotFound", "OutOfMemory", "SettingsError", "WorkflowError",
     ),
     "local": ("LocalLlmBackend",),
     "models": ("get_model_info", "resolve_model_path"),
@@ -62,11 +63,11 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "ApiConnectionError", "ApiError", "ApiLlmBackend", "ApiResponseError", "ApiStatusError", "ApiTimeout",
-    "BackendPool", "BadRequest", "Cancelled", "ContextOverflow", "DeadlineExceeded", "EngineClosed", "EngineError",
-    "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError", "LlmBackend", "LlmCallParams", "LlmCallResult",
-    "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError", "ModelLoadError", "ModelNotFound", "OutOfMemory",
-    "SettingsError", "Timings", "Usage", "WorkflowError", "__tea_actions__", "create_llm_backend", "format_chat_prompt",
-    "get_model_info", "register_actions", "resolve_model_path", "run_workflow",
+    "BackendPool", "BadRequest", "Cancelled", "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed",
+    "EngineError", "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError", "LlmBackend", "LlmCallParams",
+    "LlmCallResult", "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError", "ModelLoadError", "ModelNotFound",
+    "OutOfMemory", "SettingsError", "Timings", "Usage", "WorkflowError", "__tea_actions__", "create_llm_backend",
+    "format_chat_prompt", "get_model_info", "register_actions", "resolve_model_path", "run_workflow",
 ]  # fmt: skip
 
 

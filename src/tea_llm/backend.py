@@ -295,8 +295,12 @@ def _local(choice: _Choice, progress: Callable[[float], object] | None) -> Reque
         n_gpu_layers=s.n_gpu_layers,
         chat_format=s.chat_format,
         n_batch=s.n_batch,
+        n_parallel=s.n_parallel,
+        cache_ram_mib=s.cache_ram_mib,
         pooling=s.pooling,
         embedding_model_path=s.embedding_model_path if s.embedding_model_path != choice.path else None,
+        keep_alive=s.keep_alive,
+        queue_timeout=s.queue_timeout,
         progress=progress,
     )
 

@@ -1,51 +1,60 @@
-"""The engine: one loaded model, and the one thread that computes with it.
+"""The engine: one loaded model, and the one thread that computes with it for everybody at once.
 
-Callers on any thread or event loop submit work and get a `Ticket`; the engine's thread answers one request at a time.
-Python runs on that thread only to hand out text somebody waits for: each `run` computes without the GIL.
+Callers on any thread or event loop submit requests and get a `Ticket` each. The engine's thread decides who is in the
+next batch; `_llama.Context.run` then computes without the GIL until there is something to hand out.
 """
 
 from __future__ import annotations
 
-import atexit
+import copy
+import heapq
+import itertools
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from . import _llama
-from .errors import Cancelled, ContextOverflow, DeadlineExceeded, EngineClosed
+from .errors import Cancelled, ContextOverflow, EngineBusy, EngineClosed
 from .params import Timings, Usage
+from .sizing import fit_cells, fit_n_ctx, fit_n_parallel, fit_threads, kv_bytes_per_token, pays_f32, pays_flash
+from .ticket import Ticket, hand_out
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["EmbedRequest", "Embedded", "Engine", "EngineOptions", "Generated", "TextRequest", "Ticket", "open_engine",
-           "release_engine"]
+__all__ = ["EmbedRequest", "Embedded", "Engine", "EngineOptions", "Generated", "TextRequest"]
 
 logger = logging.getLogger("tea_llm")
 
+_CPU_BATCH, _GPU_BATCH = 128, 512  # tokens computed at once; more makes a CPU no faster, and others wait for longer
 _EMBED_BATCH = 512  # tokens computed at once; a longer text gets a larger context
 _EMBED_TEXTS = 64  # sequences in one batch
-_SMALL_MODEL_BYTES = 8 << 20  # below it the threads of a layer wait for each other longer than they compute
-_FLASH_HEAD_SIZE = 64  # below it llama.cpp's flash attention slows generation down, to a third at size 8
-_F16_HEAD_SIZE = 32  # below it llama.cpp multiplies F16 keys one by one; F32 is a third faster at size 8
+_KEPT_TEXTS = 32  # that ended and may be found again, in the KV cache
+_KEPT_CELLS = 1024  # for them; each costs the others a look at it, so that older ones go into host memory
+_PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
+_MAX_QUEUE = 10_000
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is loaded; engines with equal options and path are one engine."""
+    """How a model is loaded; engines with equal options and path are one engine.
+
+    `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as the KV cache has.
+    """
 
     n_ctx: int | None = None
     n_batch: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
     pooling: str | None = None
+    n_parallel: int | None = None
+    cache_ram_mib: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,105 +97,41 @@ class Embedded:
     usage: Usage
 
 
-Outcome: TypeAlias = Generated | Embedded
-_Event: TypeAlias = "str | Outcome | BaseException"
+@dataclass
+class _TextJob:
+    """A text that waits for its turn."""
+
+    request: TextRequest
+    tokens: list[int]
+    sampler: _llama.Sampler
+    ticket: Ticket[Generated]
+    queued_at: float
 
 
-class Ticket:
-    """The caller's end of a request: iterate its chunks (`for` or `async for`), then take `outcome`.
+@dataclass
+class _Live:
+    """A text in the batch."""
 
-    A context manager: leaving it before the outcome is there, by any exception, cancels the request.
-    """
-
-    def __init__(self, timeout_s: float | None, loop: asyncio.AbstractEventLoop | None) -> None:
-        self.outcome: Any = None  # Generated or Embedded, once the iteration has ended
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._timeout_s = timeout_s
-        self._loop = loop
-        self._events: Any = _async_queue() if loop else SimpleQueue()
-        self._cancel: Callable[[], object] | None = None
-        self._lock = threading.Lock()
-        self.cancelled = False
-
-    # --- the caller's side --------------------------------------------------------------------------------------------
-    def cancel(self) -> None:
-        """End the request as soon as may be; what it has so far is still handed out."""
-        with self._lock:
-            self.cancelled = True
-            cancel = self._cancel
-        if cancel:
-            cancel()
-
-    def __iter__(self) -> Iterator[str]:
-        while True:
-            try:
-                event = self._events.get(timeout=self._remaining_s())
-            except Empty:
-                raise self._too_late() from None
-            if not isinstance(event, str):
-                return self._finish(event)
-            yield event
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        import asyncio
-
-        while True:
-            try:
-                async with asyncio.timeout(self._remaining_s()):
-                    event = await self._events.get()
-            except TimeoutError:
-                raise self._too_late() from None
-            if not isinstance(event, str):
-                self._finish(event)
-                return
-            yield event
-
-    def __enter__(self) -> Ticket:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.outcome is None:
-            self.cancel()
-
-    def _remaining_s(self) -> float | None:
-        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
-
-    def _too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"no complete answer within {self._timeout_s:g} s; raise timeout or lower max_tokens")
-
-    def _finish(self, event: Outcome | BaseException) -> None:
-        if isinstance(event, BaseException):
-            raise event
-        self.outcome = event
-
-    # --- the engine's side --------------------------------------------------------------------------------------------
-    def started(self, cancel: Callable[[], object]) -> None:
-        """Say how the work is cancelled from now on."""
-        with self._lock:
-            self._cancel = cancel
-            cancelled = self.cancelled
-        if cancelled:
-            cancel()
-
-    def put(self, event: _Event) -> None:
-        """Hand an event to the caller, wherever it waits."""
-        if self._loop is None:
-            self._events.put(event)
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            self.cancel()
+    job: _TextJob
+    precedence: tuple[float, ...]
+    queue_s: float  # before the generation was made
 
 
-def _async_queue() -> Any:
-    import asyncio  # only where a loop runs, and so has imported it
+@dataclass
+class _EmbedJob:
+    """Texts of which `n_done` are embedded."""
 
-    return asyncio.Queue()
+    tokens: Sequence[Sequence[int]]
+    request: EmbedRequest
+    ticket: Ticket[Embedded]
+    vectors: bytearray = field(default_factory=bytearray)
+    n_done: int = 0
 
 
 class Engine:
     """A loaded model that any thread may ask. Made by `open_engine`; `close` frees it with the last user.
+
+    `n_parallel` texts are computed at once; others wait for a place, by priority and then about in the order they came.
 
     Raises what `_llama.Model` raises; in a child process after fork() each request raises EngineClosed.
     """
@@ -196,17 +141,23 @@ class Engine:
     ) -> None:
         self.path = path
         self.options = options
+        self.n_users = self.n_releases = 0  # counted by the registry
         self._pid = os.getpid()
-        self._work: deque[tuple[TextRequest | EmbedRequest, Ticket, float]] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self.n_users = 0  # counted by open_engine and release_engine
-        self._running: Ticket | None = None
-        self._text: _llama.Context | None = None
-        self._vectors: _llama.Context | None = None
         self._model: _llama.Model | None = _load(path, options, on_progress)
-        self.n_ctx = fit_n_ctx(self.model, options.n_ctx)
-        self.n_threads = fit_threads(options.n_threads, self.model.size_bytes)
+        self.n_ctx = fit_n_ctx(self._model, options.n_ctx)
+        self.n_cells = fit_cells(self._model, self.n_ctx, options.n_parallel)
+        self.n_parallel = fit_n_parallel(self.n_cells, options.n_parallel)
+        self.n_threads = fit_threads(options.n_threads, self._model.size_bytes)
+
+        self._wake = threading.Condition()  # guards what follows, which other threads touch
+        self._waiting: list[tuple[tuple[float, ...], int, _TextJob]] = []  # a heap
+        self._embedding: deque[_EmbedJob] = deque()
+        self._text: _llama.Context | None = None
+        self._closed = False
+        self._numbers = itertools.count()
+
+        self._live: dict[_llama.Generation, _Live] = {}  # in the order in which their prompts are read
+        self._vectors: _llama.Context | None = None
         self._thread = threading.Thread(target=self._main, name=f"tea_llm {Path(path).stem}", daemon=True)
         self._thread.start()
 
@@ -215,126 +166,238 @@ class Engine:
         """The model, for reading. Raises EngineClosed after close()."""
         model = self._model
         if model is None:
-            raise EngineClosed(f"the engine of {self.path} is closed; make a new backend")
+            raise self._is_closed()
         return model
 
-    def submit(
-        self,
-        request: TextRequest | EmbedRequest,
-        *,
-        timeout_s: float | None = None,
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Ticket:
-        """Queue `request`. With `loop` the ticket is iterated by `async for` on that loop, else by `for`.
+    def _is_closed(self) -> EngineClosed:
+        return EngineClosed(f"the engine of {self.path} is closed; make a new backend")
 
-        Raises EngineClosed after close() or in a child process.
-        """
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise EngineClosed(
                 f"{self.path} was loaded before fork(), and its threads are not in this process; make the backend in "
                 "this process, or start processes with the 'spawn' method"
             )
-        ticket = Ticket(timeout_s, loop)
+
+    def generate(
+        self,
+        request: TextRequest,
+        *,
+        timeout_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        priority: int = 0,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Ticket[Generated]:
+        """Queue a text. With `loop` the ticket is iterated by `async for` on that loop, else by `for`.
+
+        Of waiting texts, and of prompts being read, those of a higher `priority` come first.
+
+        Raises BadRequest or GrammarError for a request that can't be computed, EngineBusy when 10,000 others wait, and
+        EngineClosed after close() or in a child process.
+        """
+        self._check_process()
+        ticket: Ticket[Generated] = Ticket(timeout_s, queue_timeout_s, loop)
+        queued_at = time.monotonic()
+        model = self.model
+        tokens = model.tokenize(request.prompt, parse_special=True)
+        if request.truncate and len(tokens) >= self.n_ctx:
+            tokens = _cut(tokens, self.n_ctx, request.max_tokens, keep_first=model.add_bos)
+        job = _TextJob(request, tokens, _llama.Sampler(model, **request.sampling), ticket, queued_at)
+        precedence = (-priority, queued_at + len(tokens) * _PROMPT_TOKEN_S)
         with self._wake:
             if self._closed:
-                raise EngineClosed(f"the engine of {self.path} is closed; make a new backend")
-            self._work.append((request, ticket, time.monotonic()))
-            self._wake.notify()
+                raise self._is_closed()
+            if len(self._waiting) >= _MAX_QUEUE:
+                raise EngineBusy(f"{_MAX_QUEUE} requests wait for {self.path}; send fewer at once")
+            heapq.heappush(self._waiting, (precedence, next(self._numbers), job))
+            ticket.cancel_by(self._drop_cancelled)
+            self._interrupt()
         return ticket
 
-    def close(self) -> None:
+    def embed(
+        self,
+        request: EmbedRequest,
+        *,
+        timeout_s: float | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Ticket[Embedded]:
+        """Queue texts to embed; they are computed batch by batch, in turns with texts being generated.
+
+        Raises ContextOverflow for a text longer than the model takes, and EngineClosed.
+        """
+        self._check_process()
+        ticket: Ticket[Embedded] = Ticket(timeout_s, loop=loop)
+        tokens = [self._embed_tokens(i, text, request.truncate) for i, text in enumerate(request.texts)]
+        with self._wake:
+            if self._closed:
+                raise self._is_closed()
+            self._embedding.append(_EmbedJob(tokens, request, ticket))
+            self._interrupt()
+        return ticket
+
+    def _drop_cancelled(self) -> None:
+        """Answer the cancelled among the texts that wait."""
+        with self._wake:
+            dropped = [waiting for waiting in self._waiting if waiting[2].ticket.cancelled]
+            self._waiting = [waiting for waiting in self._waiting if not waiting[2].ticket.cancelled]
+            heapq.heapify(self._waiting)
+        hand_out([(job.ticket, None, Cancelled("the request was cancelled before its turn")) for _, _, job in dropped])
+
+    def _interrupt(self) -> None:
+        """Have the engine's thread look at what is new. With the lock."""
+        if self._text is not None:
+            self._text.wake()
+        self._wake.notify()
+
+    def close(self, *, wait: bool = True) -> None:
         """Cancel what runs, refuse what waits, free the model. Closing twice is fine."""
         if os.getpid() != self._pid:
             return
         with self._wake:
             self._closed = True
-            running = self._running
-            self._wake.notify()
-        if running:
-            running.cancel()
-        if threading.current_thread() is not self._thread:
+            self._interrupt()
+        for live in list(self._live.values()):
+            live.job.ticket.cancel()
+        for job in list(self._embedding):
+            job.ticket.cancel()
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join()
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
     def _main(self) -> None:
-        while (work := self._next()) is not None:
-            self._answer(*work)
-            del work
-        for _, ticket, _ in self._work:
-            ticket.put(EngineClosed(f"the engine of {self.path} was closed before this request's turn"))
-        self._work.clear()
-        for context in (self._text, self._vectors):
-            if context is not None:
-                context.close()
-        self._text = self._vectors = self._model = None
+        while self._has_work():
+            self._admit()
+            if self._embedding:
+                self._embed_next()
+            if self._live:
+                self._compute()
+        self._shut_down()
 
-    def _next(self) -> tuple[TextRequest | EmbedRequest, Ticket, float] | None:
+    def _has_work(self) -> bool:
+        """Wait for something to do; False once the engine is closed."""
         with self._wake:
-            self._running = None
-            self._wake.wait_for(lambda: self._work or self._closed)
-            if self._closed:
-                return None
-            work = self._work.popleft()
-            self._running = work[1]
-            return work
+            self._wake.wait_for(lambda: self._waiting or self._live or self._embedding or self._closed)
+            return not self._closed
 
-    def _answer(self, request: TextRequest | EmbedRequest, ticket: Ticket, queued_at: float) -> None:
-        try:
-            if ticket.cancelled:
-                raise Cancelled("the request was cancelled before its turn")
-            if isinstance(request, TextRequest):
-                ticket.put(self._generate(request, ticket, time.monotonic() - queued_at))
-            else:
-                ticket.put(self._embed(request, ticket))
-        except BaseException as exc:  # noqa: BLE001 - whatever it is belongs to the caller that waits
-            ticket.put(exc)
+    def _admit(self) -> None:
+        """Give waiting texts the places that are free."""
+        while len(self._live) < self.n_parallel and (waiting := self._next_waiting()):
+            precedence, _, job = waiting
+            try:
+                generation = self._begin(job)
+            except Exception as exc:  # noqa: BLE001 - whatever it is belongs to the caller that waits
+                hand_out([(job.ticket, None, exc)])
+                continue
+            self._live[generation] = _Live(job, precedence, time.monotonic() - job.queued_at)
+            job.ticket.cancel_by(generation.cancel, begun=True)
+        self._live = dict(sorted(self._live.items(), key=lambda item: item[1].precedence))
 
-    def _generate(self, request: TextRequest, ticket: Ticket, queue_s: float) -> Generated:
-        model = self.model
+    def _next_waiting(self) -> tuple[tuple[float, ...], int, _TextJob] | None:
+        with self._wake:
+            return heapq.heappop(self._waiting) if self._waiting else None
+
+    def _begin(self, job: _TextJob) -> _llama.Generation:
+        request = job.request
+        return _llama.Generation(
+            self._text_context(),
+            job.sampler,
+            job.tokens,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            stream=request.stream,
+            n_ctx=self.n_ctx,
+        )
+
+    def _compute(self) -> None:
+        """Compute for all texts in the batch until one has news, and hand it out."""
         context = self._text_context()
-        tokens = model.tokenize(request.prompt, parse_special=True)
-        if request.truncate and len(tokens) >= context.n_ctx:
-            tokens = _cut(tokens, context.n_ctx, request.max_tokens, keep_first=model.add_bos)
-        sampler = _llama.Sampler(model, **request.sampling)
-        generation = _llama.Generation(context, sampler, tokens, max_tokens=request.max_tokens, stop=request.stop)
-        ticket.started(generation.cancel)
-        while (text := generation.run(stream=request.stream)) is not None:
-            ticket.put(text)
-        usage = Usage(len(tokens), generation.n_generated)
-        first_s = queue_s + generation.prompt_s if generation.n_generated else None
-        timings = Timings(queue_s, generation.prompt_s, generation.generation_s, first_s, seed=sampler.seed)
-        return Generated(generation.finish_reason or "stop", usage, timings)
+        if self._embedding or self._closed:
+            context.wake()  # one step, and then a turn for the others
+        try:
+            news = context.run(self._live)
+        except Exception as exc:  # noqa: BLE001 - llama.cpp failed: it belongs to all that it computed for
+            hand_out([(live.job.ticket, None, copy.copy(exc)) for live in self._live.values()])
+            self._live.clear()
+            return
+        events: list[tuple[Ticket[Any], str | None, Any]] = []
+        for generation, text in news:
+            ticket = self._live[generation].job.ticket
+            if text:
+                events.append((ticket, text, None))
+            if generation.ended:
+                live = self._live.pop(generation)
+                events.append((ticket, None, generation.error or _generated(generation, live.queue_s)))
+        hand_out(events)
 
     def _text_context(self) -> _llama.Context:
-        if self._text is None or self._text.poisoned:
-            n_batch = min(self.options.n_batch or 512, self.n_ctx)
-            head_size = _head_size(self.model)
-            self._text = _llama.Context(
-                self.model,
-                n_ctx=self.n_ctx,
+        if self._text is not None and self._text.poisoned:
+            with self._wake:
+                self._text = None
+        if self._text is None:
+            model, options = self.model, self.options
+            on_gpu = options.n_gpu_layers != 0 and _llama.supports_gpu_offload()
+            n_batch = min(options.n_batch or (_GPU_BATCH if on_gpu else _CPU_BATCH), self.n_cells)
+            ram_mib = options.cache_ram_mib
+            context = _llama.Context(
+                model,
+                n_ctx=self.n_cells,
                 n_batch=n_batch,
+                n_seq_max=min(self.n_parallel + (_KEPT_TEXTS if model.shares_prefixes else 0), 256),
                 n_threads=self.n_threads,
-                flash_attn=False if 0 < head_size < _FLASH_HEAD_SIZE else None,
-                kv_f32=0 < head_size < _F16_HEAD_SIZE,
+                flash_attn=None if pays_flash(model) else False,
+                kv_f32=pays_f32(model),
+                n_kept_max=_KEPT_CELLS,
+                n_host_max=self.n_cells * kv_bytes_per_token(model) if ram_mib is None else ram_mib << 20,
             )
+            with self._wake:
+                self._text = context
         return self._text
 
-    def _embed(self, request: EmbedRequest, ticket: Ticket) -> Embedded:
-        model = self.model
-        texts = [self._embed_tokens(i, text, request.truncate) for i, text in enumerate(request.texts)]
-        context = self._embed_context(max(map(len, texts), default=1))
-        ticket.started(context.cancel)
-        vectors = bytearray()
-        n_done = 0
-        while n_done < len(texts):
-            if ticket.cancelled:
-                raise Cancelled("embedding was cancelled")
-            n = _n_that_fit(texts, n_done, context.n_batch)
-            vectors += context.embed(texts[n_done : n_done + n], normalize=request.normalize).cast("B")
-            n_done += n
-            if request.on_progress:
-                request.on_progress(n_done)
-        return Embedded(bytes(vectors), model.n_embd, Usage(sum(map(len, texts))))
+    def _shut_down(self) -> None:
+        error = EngineClosed(f"the engine of {self.path} was closed before this request's turn")
+        hand_out([(job.ticket, None, error) for _, _, job in self._waiting])
+        hand_out([(job.ticket, None, Cancelled("embedding was cancelled")) for job in self._embedding])
+        if self._live:
+            for live in self._live.values():
+                live.job.ticket.cancel()
+            self._compute()
+        with self._wake:
+            context, self._text = self._text, None
+            self._waiting.clear()
+            self._embedding.clear()
+        for used in (context, self._vectors):
+            if used is not None:
+                used.close()
+        self._vectors = self._model = None
+
+    # --- vectors ------------------------------------------------------------------------------------------------------
+    def _embed_next(self) -> None:
+        """Compute the next batch of the first embedding, and let another have the next turn."""
+        job = self._embedding[0]
+        try:
+            self._embed_batch(job)
+        except BaseException as exc:  # noqa: BLE001 - whatever it is belongs to the caller that waits
+            end: Any = exc
+        else:
+            if job.n_done < len(job.tokens):
+                self._embedding.rotate(-1)
+                return
+            usage = Usage(sum(map(len, job.tokens)))
+            end = Embedded(bytes(job.vectors), self.model.n_embd, usage)
+        self._embedding.remove(job)
+        hand_out([(job.ticket, None, end)])
+
+    def _embed_batch(self, job: _EmbedJob) -> None:
+        if job.ticket.cancelled:
+            raise Cancelled("embedding was cancelled")
+        context = self._embed_context(max(map(len, job.tokens), default=1))
+        job.ticket.cancel_by(context.cancel, begun=True)
+        n = _n_that_fit(job.tokens, job.n_done, context.n_batch)
+        batch = job.tokens[job.n_done : job.n_done + n]
+        job.vectors += context.embed(batch, normalize=job.request.normalize).cast("B")
+        job.n_done += n
+        if n and job.request.on_progress:
+            job.request.on_progress(job.n_done)
 
     def _embed_tokens(self, i: int, text: str, truncate: bool) -> list[int]:
         tokens = self.model.tokenize(text)
@@ -367,6 +430,20 @@ class Engine:
         return context
 
 
+def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
+    queue_s += generation.queue_s
+    n_generated = generation.n_generated
+    timings = Timings(
+        queue_s,
+        generation.prompt_s,
+        generation.generation_s,
+        queue_s + generation.prompt_s if n_generated else None,
+        generation.n_cached,
+        seed=generation.sampler.seed,
+    )
+    return Generated(generation.finish_reason or "stop", Usage(generation.n_prompt, n_generated), timings)
+
+
 def _load(path: str, options: EngineOptions, on_progress: Callable[[float], object] | None) -> _llama.Model:
     """The loaded model. On the caller's thread: memory of another would come from an arena that grows page by page."""
     n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
@@ -387,7 +464,8 @@ def _load(path: str, options: EngineOptions, on_progress: Callable[[float], obje
     finally:
         done.set()
         reporter.join()
-    on_progress(1.0)
+    if on_progress(1.0) is False:
+        raise Cancelled(f"loading {path} was cancelled")
     return model
 
 
@@ -413,152 +491,3 @@ def _pooling_of(model: _llama.Model) -> str | None:
     """None where the file says how it pools; a model made to generate is pooled by the mean."""
     metadata = model.metadata
     return None if f"{metadata.get('general.architecture')}.pooling_type" in metadata else "mean"
-
-
-def fit_n_ctx(model: _llama.Model, asked: int | None) -> int:
-    """The smallest of what was asked, what the model was trained for, and what half the free memory holds.
-
-    Says so when it cuts: a WARNING for what was asked, INFO for a default.
-    """
-    trained = model.n_ctx_train or 4096
-    n_ctx, why = min(asked or trained, trained), f"the model was trained for {trained}"
-    n_bytes = _kv_bytes_per_token(model)
-    free = _free_memory_bytes()
-    if n_bytes and free and n_ctx * n_bytes > free // 2:
-        n_ctx, why = max(free // 2 // n_bytes // 256 * 256, 256), f"free memory is {free >> 20} MiB"
-    if asked and n_ctx < asked:
-        logger.warning("n_ctx cut from %d to %d: %s", asked, n_ctx, why)
-    elif n_ctx < trained and not asked:
-        logger.info("n_ctx is %d of the %d trained for: %s", n_ctx, trained, why)
-    return n_ctx
-
-
-def _kv_bytes_per_token(model: _llama.Model) -> int:
-    """Size of one token's keys and values, or 0 where the file does not tell the shape."""
-    head_size = _head_size(model)
-    n_bytes = 4 if head_size < _F16_HEAD_SIZE else 2
-    return 2 * n_bytes * model.n_layer * model.n_head_kv * head_size
-
-
-def _head_size(model: _llama.Model) -> int:
-    """Length of one attention head's keys, or 0 where the file does not tell."""
-    metadata = model.metadata
-    arch = metadata.get("general.architecture", "")
-    length = metadata.get(f"{arch}.attention.key_length", "")
-    if length.isdecimal():
-        return int(length)
-    n_head = metadata.get(f"{arch}.attention.head_count", "")
-    return model.n_embd // int(n_head) if n_head.isdecimal() and n_head != "0" else 0
-
-
-def _free_memory_bytes() -> int | None:
-    """Memory that can be taken without swapping, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def fit_threads(asked: int | None, model_bytes: int) -> int:
-    """Threads that pay for a model of this size: one for a tiny one, else one per physical core this process may use.
-
-    More than there are CPUs is cut, with a WARNING: ggml's threads spin while they wait for each other, so that one
-    without a CPU of its own holds up all others (measured: 2 CPUs, 4 threads, a hundredth of the speed).
-    """
-    cpus = _usable_cpus()
-    if asked and asked > len(cpus):
-        logger.warning("n_threads cut from %d to %d: this process may use no more CPUs", asked, len(cpus))
-    if asked:
-        return min(asked, len(cpus))
-    if model_bytes < _SMALL_MODEL_BYTES:
-        return 1
-    return len({_core_of(cpu) for cpu in cpus})
-
-
-def _usable_cpus() -> set[int]:
-    try:
-        return os.sched_getaffinity(0)
-    except AttributeError:  # not on macOS and Windows
-        return set(range(os.cpu_count() or 1))
-
-
-def _core_of(cpu: int) -> str:
-    """What names the physical core of a CPU: its siblings, or itself where the system does not tell."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings").read_text()
-    except OSError:
-        return str(cpu)
-
-
-# --- the engines of this process --------------------------------------------------------------------------------------
-_engines: dict[tuple[Any, ...], Engine] = {}
-_engines_lock = threading.RLock()  # reentrant: a backend can be collected, and so released, in the middle of anything
-_load_lock = threading.Lock()  # one load at a time, during which other engines are shared and released
-
-
-def open_engine(
-    path: str, options: EngineOptions, on_progress: Callable[[float], object] | None = None
-) -> Engine:
-    """The engine of a model file: the one that is loaded already if path and options are the same, else a new one.
-
-    A file that was replaced on disk is another file. Give it back with `release_engine`. Raises what `Engine` raises.
-    """
-    key = (os.getpid(), *_identity(path), options)
-    if engine := _shared(key):
-        return engine
-    with _load_lock:
-        if engine := _shared(key):  # loaded while this thread waited
-            return engine
-        engine = Engine(path, options, on_progress)
-        with _engines_lock:
-            engine.n_users = 1
-            _engines[key] = engine
-        return engine
-
-
-def _shared(key: tuple[Any, ...]) -> Engine | None:
-    """The engine that is loaded already, with one more user."""
-    with _engines_lock:
-        engine = _engines.get(key)
-        if engine is not None:
-            engine.n_users += 1
-        return engine if key in _engines else None  # its last backend may have been collected in between
-
-
-def release_engine(engine: Engine) -> None:
-    """Give an engine back; the last user's release frees the model."""
-    with _engines_lock:
-        engine.n_users -= 1
-        if engine.n_users > 0:
-            return
-        for key in [key for key, value in _engines.items() if value is engine]:
-            del _engines[key]
-    engine.close()
-
-
-def _identity(path: str) -> tuple[Any, ...]:
-    real = os.path.realpath(path)
-    try:
-        found = Path(real).stat()
-    except (OSError, ValueError):
-        return (real,)  # Model says what is wrong with it
-    return (real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _forget_all() -> None:
-    """In a child process after fork(): the engines' threads stayed with the parent, and so may have the locks."""
-    global _engines_lock, _load_lock
-    _engines_lock, _load_lock = threading.RLock(), threading.Lock()
-    _engines.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-
-
-@atexit.register
-def _close_all() -> None:
-    # The engines' threads must be gone before the interpreter is: one that comes back from C then would be killed.
-    for engine in list(_engines.values()):
-        engine.close()

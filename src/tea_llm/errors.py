@@ -12,6 +12,7 @@
     ├── OutOfMemory (MemoryError)
     ├── EngineError (RuntimeError)            llama.cpp failed while it computed
     │   ├── EngineFault                       an assert or a C++ exception inside llama.cpp
+    │   ├── EngineBusy (TimeoutError)         no turn within `queue_timeout`, or too many requests wait
     │   └── EngineClosed                      used after close() or after fork()
     ├── Cancelled
     ├── DeadlineExceeded (TimeoutError)
@@ -38,6 +39,7 @@ __all__ = [
     "Cancelled",
     "ContextOverflow",
     "DeadlineExceeded",
+    "EngineBusy",
     "EngineClosed",
     "EngineError",
     "EngineFault",
@@ -105,6 +107,10 @@ class EngineError(LlmError, RuntimeError):
 
 class EngineFault(EngineError):
     """An assert or a C++ exception inside llama.cpp; its context is not used again."""
+
+
+class EngineBusy(EngineError, TimeoutError):
+    """The model computes for others: no turn within `queue_timeout`, or too many requests wait already."""
 
 
 class EngineClosed(EngineError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .backend import RequestBackend, check_plain, check_request, checked_texts
 from .chat import format_chat_prompt, message_text
@@ -18,11 +19,18 @@ from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult,
 from .settings import LlmSettings
 
 if TYPE_CHECKING:
-    from .engine import Embedded, EmbedRequest, Engine, EngineOptions, Generated, TextRequest
+    import asyncio
+
+    from .engine import Embedded, EmbedRequest, Engine, Generated, TextRequest
+    from .ticket import Ticket
 
 __all__ = ["LocalLlmBackend"]
 
 logger = logging.getLogger("tea_llm")
+
+_R = TypeVar("_R")
+
+_LONG_TEXT = 20_000  # characters; to tokenize more would hold up an event loop for milliseconds
 
 _OFF: Mapping[str, Any] = {
     "top_k": 0,
@@ -64,13 +72,15 @@ _STOPS: Mapping[str | None, tuple[str, ...]] = {
 class LocalLlmBackend(RequestBackend):
     """A GGUF model loaded into this process. Backends of the same file and options share one loaded model.
 
-    Safe to call from any thread and event loop: requests queue for the model. The model is freed when the last of its
-    backends is closed or collected.
+    Safe to call from any thread and event loop: `n_parallel` requests are computed together, others wait for their
+    turn, for `queue_timeout` seconds at most. A prompt that begins like an earlier one is computed from where they
+    differ. The model is freed when the last of its backends is closed or collected, or `keep_alive` seconds later.
 
     `n_ctx` None is what the model was trained for, as far as memory allows; `n_threads` None is what pays for the
-    model's size; `n_gpu_layers` None or -1 is all. `chat_format` overrides the file's chat template ("chatml",
-    "gemma"). In a raw prompt the model's control tokens may be written out. `progress` is called with the loaded
-    fraction, 0 to 1; returning False cancels the load.
+    model's size; `n_gpu_layers` None or -1 is all; `n_parallel` None is up to 16, as far as memory allows.
+    `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as that has. `chat_format`
+    overrides the file's chat template ("chatml", "gemma"). In a raw prompt the model's control tokens may be written
+    out. `progress` is called with the loaded fraction, 0 to 1; returning False cancels the load.
 
     Raises ModelNotFound, ModelLoadError, ExtensionMissing (built without llama.cpp), MemoryError, Cancelled.
     """
@@ -84,26 +94,43 @@ class LocalLlmBackend(RequestBackend):
         chat_format: str | None = None,
         *,
         n_batch: int | None = None,
+        n_parallel: int | None = None,
+        cache_ram_mib: int | None = None,
         pooling: str | None = None,
         embedding_model_path: str | os.PathLike[str] | None = None,
+        keep_alive: float = 0,
+        queue_timeout: float | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self.model_path = _checked_path("model_path", model_path)
         self._embedding_model_path = (
             None if embedding_model_path is None else _checked_path("embedding_model_path", embedding_model_path)
         )
-        given = {"n_ctx": n_ctx, "n_batch": n_batch, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
-        checked = LlmSettings.from_mapping(
-            given | {"pooling": pooling, "chat_format": chat_format}, where=type(self).__name__
+        self._settings = LlmSettings.from_mapping(
+            {
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_threads": n_threads,
+                "n_gpu_layers": n_gpu_layers,
+                "n_parallel": n_parallel,
+                "cache_ram_mib": cache_ram_mib,
+                "pooling": pooling,
+                "keep_alive": keep_alive,
+                "queue_timeout": queue_timeout,
+                "chat_format": chat_format,
+            },
+            where=type(self).__name__,
         )
-        engine = _engine_room()
-        self.chat_format = checked.chat_format
-        self._options: EngineOptions = engine.EngineOptions(
-            checked.n_ctx, checked.n_batch, checked.n_threads, checked.n_gpu_layers, checked.pooling
-        )
+        self.chat_format = self._settings.chat_format
         self._progress = progress
-        self._engine: Engine | None = engine.open_engine(self.model_path, self._options, progress)
-        self._release = weakref.finalize(self, engine.release_engine, self._engine)
+        rooms = _engine_rooms()
+        options = rooms.engine.EngineOptions(
+            **{f.name: getattr(self._settings, f.name) for f in dataclasses.fields(rooms.engine.EngineOptions)}
+        )
+        self._engine: Engine | None = rooms.registry.open_engine(self.model_path, options, progress)
+        self._release = weakref.finalize(
+            self, rooms.registry.release_engine, self._engine, self._settings.keep_alive
+        )
         self._embedding: LocalLlmBackend | None = None  # opened by the first embedding that needs it
 
     @property
@@ -124,15 +151,16 @@ class LocalLlmBackend(RequestBackend):
         """Give the model back. After its last user a text in flight ends `cancelled`, a waiting one is refused."""
         if self._embedding is not None:
             self._embedding.close()
-        self._engine = None
-        self._release()
+        engine, self._engine = self._engine, None
+        if self._release.detach():
+            _engine_rooms().registry.release_engine(engine, self._settings.keep_alive, wait=True)
 
     # --- text ---------------------------------------------------------------------------------------------------------
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer `params` on the local model; see LlmBackend."""
         check_plain(on_chunk)
         answer = _Answer(self.model, on_chunk)
-        with self._open_engine().submit(self._text_request(params, on_chunk), timeout_s=params.timeout_s) as ticket:
+        with self._ticket(params, on_chunk) as ticket:
             for chunk in ticket:
                 if answer.take(chunk) is False:
                     ticket.cancel()
@@ -142,16 +170,28 @@ class LocalLlmBackend(RequestBackend):
         """`generate` for asyncio; `on_chunk` may be a coroutine function."""
         import asyncio
 
+        check_request(params, on_chunk)
         answer = _Answer(self.model, on_chunk)
-        loop = asyncio.get_running_loop()
-        request = self._text_request(params, on_chunk)
-        with self._open_engine().submit(request, timeout_s=params.timeout_s, loop=loop) as ticket:
+        loop, n_characters = asyncio.get_running_loop(), _size(params)
+        with await _beside_loop(n_characters, lambda: self._ticket(params, on_chunk, loop)) as ticket:
             async for chunk in ticket:
                 verdict = answer.take(chunk)
                 if (await verdict if isinstance(verdict, Awaitable) else verdict) is False:
                     answer.stop()
                     ticket.cancel()
         return answer.result(ticket.outcome)
+
+    def _ticket(
+        self, params: LlmCallParams, on_chunk: ChunkCallback | None, loop: asyncio.AbstractEventLoop | None = None
+    ) -> Ticket[Generated]:
+        """Hand the request to the engine."""
+        return self._open_engine().generate(
+            self._text_request(params, on_chunk),
+            timeout_s=params.timeout_s,
+            queue_timeout_s=self._settings.queue_timeout,
+            priority=params.priority,
+            loop=loop,
+        )
 
     def _text_request(self, params: LlmCallParams, on_chunk: ChunkCallback | None) -> TextRequest:
         check_request(params, on_chunk)
@@ -164,7 +204,7 @@ class LocalLlmBackend(RequestBackend):
         if params.messages is not None:
             prompt, chat_stops = self._chat_prompt(params.messages)
             stops += chat_stops
-        request: TextRequest = _engine_room().TextRequest(
+        request: TextRequest = _engine_rooms().engine.TextRequest(
             prompt=prompt,
             max_tokens=params.max_tokens,
             stop=stops,
@@ -203,7 +243,7 @@ class LocalLlmBackend(RequestBackend):
         """
         backend = self._embedding_backend()
         request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
-        with backend._open_engine().submit(request, timeout_s=timeout_s) as ticket:
+        with backend._open_engine().embed(request, timeout_s=timeout_s) as ticket:
             for _ in ticket:
                 pass
         return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
@@ -218,8 +258,9 @@ class LocalLlmBackend(RequestBackend):
 
         backend = await asyncio.to_thread(self._embedding_backend)
         request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
-        loop = asyncio.get_running_loop()
-        with backend._open_engine().submit(request, timeout_s=timeout_s, loop=loop) as ticket:
+        loop, engine = asyncio.get_running_loop(), backend._open_engine()
+        n_characters = sum(map(len, request.texts))
+        with await _beside_loop(n_characters, lambda: engine.embed(request, timeout_s=timeout_s, loop=loop)) as ticket:
             async for _ in ticket:
                 pass
         return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
@@ -229,12 +270,13 @@ class LocalLlmBackend(RequestBackend):
             return self
         self._open_engine()
         if self._embedding is None:
-            options = self._options
+            settings = self._settings
             self._embedding = LocalLlmBackend(
                 self._embedding_model_path,
-                n_threads=options.n_threads,
-                n_gpu_layers=options.n_gpu_layers,
-                pooling=options.pooling,
+                n_threads=settings.n_threads,
+                n_gpu_layers=settings.n_gpu_layers,
+                pooling=settings.pooling,
+                keep_alive=settings.keep_alive,
                 progress=self._progress,
             )
         return self._embedding
@@ -284,16 +326,36 @@ class _Answer:
         )
 
 
-def _engine_room() -> Any:
-    """The engine module, loaded by the first local model and not by `import tea_llm`."""
+class _Rooms(NamedTuple):
+    engine: Any
+    registry: Any
+
+
+def _engine_rooms() -> _Rooms:
+    """The modules that load the extension: with the first local model, and not by `import tea_llm`."""
     try:
-        from . import engine
+        from . import engine, registry
     except ImportError as exc:
         raise ExtensionMissing(
             "this tea_llm can't run local models: it was built without llama.cpp (-C wheel.cmake=false), or its "
             f"extension does not load here ({exc}); install it again with llama.cpp, or use backend: api"
         ) from exc
-    return engine
+    return _Rooms(engine, registry)
+
+
+async def _beside_loop(n_characters: int, work: Callable[[], _R]) -> _R:
+    """What `work` gives; done in a thread where it takes long."""
+    if n_characters <= _LONG_TEXT:
+        return work()
+    import asyncio
+
+    return await asyncio.to_thread(work)
+
+
+def _size(params: LlmCallParams) -> int:
+    """About how many characters have to be tokenized or parsed."""
+    texts = [params.prompt, params.grammar or "", *(str(m.get("content")) for m in params.messages or ())]
+    return sum(map(len, texts))
 
 
 def _checked_path(name: str, path: Any) -> str:
@@ -333,7 +395,7 @@ def _embed_request(
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
         raise BadRequest(f"dimensions is {dimensions!r}; give a whole number of at least 1, or None for all")
     # A vector that is to be cut is normalised after the cut.
-    request: EmbedRequest = _engine_room().EmbedRequest(
+    request: EmbedRequest = _engine_rooms().engine.EmbedRequest(
         tuple(checked_texts(texts)),
         normalize=normalize and dimensions is None,
         truncate=truncate,

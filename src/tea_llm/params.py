@@ -102,6 +102,7 @@ class LlmCallParams:
     logit_bias: Mapping[int | str, float] | Unset = UNSET
     grammar: str | None = None
     truncate: bool = False
+    priority: int = _field(-(2**31), 2**31 - 1, "requests of a higher one come first where several wait for a model", 0)
     timeout_s: float | None = _field(0, _LONGEST_WAIT_S, "seconds for the whole call; None: no limit", None)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -226,7 +227,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of one local call went, in seconds; `seed` is the one that was used."""
+    """Where the time of one local call went, in seconds; `seed` is the one that was used.
+
+    `queue_s` is the wait for a turn, `prompt_s` from there to the first token, `first_token_s` both. `cached_tokens` of
+    the prompt were known from earlier texts.
+    """
 
     queue_s: float = 0.0
     prompt_s: float = 0.0

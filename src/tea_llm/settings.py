@@ -201,7 +201,20 @@ class LlmSettings:
         _one_of("mean", "cls", "last", "rank", "none"),
     )
     n_parallel: int | None = _key(
-        None, "Requests computed at the same time. One for now, whatever is said: others wait", _whole(1)
+        None, "Requests computed at the same time, others wait; unset: up to 16, as far as memory goes", _whole(1)
+    )
+    cache_ram_mib: int | None = _key(
+        None,
+        "MiB of memory for prompts that had to leave the KV cache, to be found again; unset: as much as that has",
+        _whole(0),
+    )
+    keep_alive: float = _key(
+        0.0, "Seconds that a model stays loaded after its last user; 0: freed at once", _number(0, 1e9)
+    )
+    queue_timeout: float | None = _key(
+        None,
+        "Seconds that a request waits for its turn on a busy model; unset: as long as it may take",
+        _number(0, 1e9),
     )
     model: str | None = _key(None, "Model name that the API is asked for", _text)
     embedding_model: str | None = _key(None, "Model name that the API is asked for embeddings", _text)

@@ -1,0 +1,230 @@
+// Many texts, one batch: at each step every text that is past its prompt gets its next token, and what is left of the
+// batch goes to the prompts, one after the other, so that neither holds up the other. Texts join and leave between steps.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "guard.hpp"
+#include "llama.h"
+#include "prefix_cache.hpp"
+#include "sampling.hpp"
+#include "text_filter.hpp"
+
+namespace tea {
+
+enum Finish { RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT };
+
+// A text being generated. It belongs to the thread that runs the batch; any other may touch what is atomic.
+struct Generation : Text {
+    size_t n_prompt = 0;
+    int32_t n_max = 0;          // tokens to generate
+    std::atomic<int32_t> n_generated{0};
+    Chain * chain = nullptr;    // not owned
+    int32_t n_lookback = 0;     // tokens at the end of the prompt that the chain wants to see
+    TextFilter filter;
+    bool stream = false;        // wants each piece of text as it comes
+    bool parked = false;        // lost its place in the cache to others, until one of them ends
+    std::atomic<bool> cancelled{false};
+    std::atomic<Finish> finish{RUNNING};
+    std::string fault;          // what went wrong, after FAULT
+    size_t n_cached = 0;        // tokens of the prompt that were found computed
+    int64_t begun_us = 0, first_us = 0, last_us = 0;
+
+    bool has_news() const { return finish != RUNNING || (stream && filter.has_ready()); }
+};
+
+class Batch {
+  public:
+    using Generations = std::vector<std::shared_ptr<Generation>>;
+
+    Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options)
+        : ctx_(ctx), vocab_(vocab), n_vocab_(llama_vocab_n_tokens(vocab)), n_batch_(llama_n_batch(ctx)),
+          whole_(options.whole), cache_(ctx, options) {
+        llama_set_abort_callback(ctx, [](void * self) { return static_cast<Batch *>(self)->is_aborted(); }, this);
+    }
+
+    // Computes until one of the texts has news or `wake` was called. Prompts are read in the order of `texts`.
+    // False if texts that are not among these hold all sequences.
+    // Throws what llama.cpp throws, after which the context can't be used.
+    bool run(const Generations & texts) {
+        Guard guard;
+        cache_.retire_abandoned();
+        do {
+            bool news = texts.empty();
+            for (const auto & text : texts) {
+                if (text->finish == RUNNING && text->cancelled.load()) end(*text, CANCELLED, texts);
+                if (text->finish == RUNNING && text->n_max == 0) end(*text, LENGTH, texts);
+                news |= text->has_news();
+            }
+            if (news) break;
+            if (!step(texts)) return false;
+        } while (!woken_.exchange(false));
+        return true;
+    }
+
+    // From any thread: the current `run` returns after its step, or else the next one after its first.
+    void wake() { woken_.store(true); }
+
+    const PrefixCache & cache() const { return cache_; }
+
+  private:
+    struct Share {  // of one text in the batch: rows up to `end`, the last of them with logits if the prompt is read
+        Generation * text;
+        size_t n_rows, end;
+        bool is_last;
+    };
+
+    bool step(const Generations & texts) {
+        fill(texts, true);
+        if (shares_.empty()) {
+            for (const auto & text : texts) text->parked = false;
+            fill(texts, false);
+        }
+        if (shares_.empty()) return false;
+        alone_.store(shares_.size() == 1 ? shares_[0].text : nullptr);
+        const int32_t rc = decode();
+        alone_.store(nullptr);
+        if (rc == 1) {
+            make_room(texts);
+            return true;
+        }
+        if (rc == 2) {  // cut short; the next turn of `run` ends the text
+            Generation & text = *shares_[0].text;
+            text.n_past = whole_ ? 0 : llama_memory_seq_pos_max(llama_get_memory(ctx_), text.seq) + 1;
+            return true;
+        }
+        if (rc != 0) throw std::runtime_error("llama.cpp could not compute the next batch");
+        for (const Share & share : shares_) share.text->n_past += share.n_rows;
+        for (const Share & share : shares_) {
+            if (share.is_last) sample(*share.text, static_cast<int32_t>(share.end) - 1, texts);
+        }
+        return true;
+    }
+
+    void fill(const Generations & texts, bool patient) {
+        shares_.clear();
+        tokens_.clear();
+        positions_.clear();
+        sequences_.clear();
+        outputs_.clear();
+        for (const auto & text : texts) {
+            if (text->seq >= 0 && n_left(*text) == 1) add(*text);
+        }
+        for (const auto & text : texts) {
+            if (tokens_.size() >= n_batch_) break;
+            if (text->seq >= 0 ? n_left(*text) > 1 : !text->parked && begin(text, patient)) add(*text);
+        }
+    }
+
+    static size_t n_left(const Text & text) { return text.tokens.size() - text.n_past; }
+
+    bool begin(const std::shared_ptr<Generation> & text, bool patient) {
+        if (!cache_.begin(text, patient)) return false;
+        if (text->begun_us == 0) {
+            text->begun_us = ggml_time_us();
+            text->n_cached = text->n_past;
+            const auto n = std::min<size_t>(text->n_lookback, text->n_prompt);
+            text->chain->read_prompt(text->tokens.data() + text->n_prompt - n, static_cast<int32_t>(n));
+        }
+        return true;
+    }
+
+    void add(Generation & text) {
+        const size_t n = std::min(n_left(text), n_batch_ - tokens_.size());
+        if (n == 0) return;
+        const auto from = text.tokens.begin() + text.n_past;
+        tokens_.insert(tokens_.end(), from, from + n);
+        for (size_t i = 0; i < n; ++i) positions_.push_back(static_cast<llama_pos>(text.n_past + i));
+        sequences_.insert(sequences_.end(), n, text.seq);
+        outputs_.insert(outputs_.end(), n, 0);
+        const bool is_last = n == n_left(text);
+        if (is_last) outputs_.back() = 1;
+        shares_.push_back({&text, n, tokens_.size(), is_last});
+    }
+
+    int32_t decode() {
+        one_each_.assign(tokens_.size(), 1);
+        sequence_of_.clear();
+        for (auto & seq : sequences_) sequence_of_.push_back(&seq);
+        llama_batch batch{};
+        batch.n_tokens = static_cast<int32_t>(tokens_.size());
+        batch.token = tokens_.data();
+        batch.pos = positions_.data();
+        batch.n_seq_id = one_each_.data();
+        batch.seq_id = sequence_of_.data();
+        batch.logits = outputs_.data();
+        return llama_decode(ctx_, batch);
+    }
+
+    // The KV cache is full: what nobody computes with goes first, then the text that comes last.
+    void make_room(const Generations & texts) {
+        if (cache_.evict()) return;
+        Generation * last = nullptr;
+        size_t n_live = 0;
+        for (const auto & text : texts) {
+            if (text->seq < 0) continue;
+            last = text.get();
+            ++n_live;
+        }
+        if (n_live == 1) return end(*last, LENGTH, texts);
+        cache_.retire(*last);
+        last->n_past = 0;
+        last->parked = true;
+    }
+
+    void sample(Generation & text, int32_t row, const Generations & texts) {
+        llama_token token = -1;
+        try {
+            token = text.chain->sample(ctx_, row, n_vocab_);
+        } catch (const std::exception & e) {  // of this text's samplers; the others go on
+            text.fault = e.what();
+            return end(text, FAULT, texts);
+        }
+        text.last_us = ggml_time_us();
+        if (text.first_us == 0) text.first_us = text.last_us;
+        if (token < 0) return end(text, NO_TOKEN, texts);
+        if (ends_text(vocab_, token)) return end(text, STOP, texts);
+        text.tokens.push_back(token);
+        text.n_generated.fetch_add(1, std::memory_order_relaxed);
+        read_piece(vocab_, token, false, piece_);
+        if (text.filter.push(piece_.data(), piece_.size())) return end(text, STOP, texts);
+        if (text.n_generated >= text.n_max) return end(text, LENGTH, texts);
+    }
+
+    void end(Generation & text, Finish finish, const Generations & texts) {
+        text.filter.flush();
+        text.finish = finish;
+        cache_.retire(text);
+        for (const auto & other : texts) other->parked = false;
+    }
+
+    bool is_aborted() const {
+        const Generation * text = alone_.load();
+        return text != nullptr && text->cancelled.load();
+    }
+
+    llama_context * ctx_;
+    const llama_vocab * vocab_;
+    int32_t n_vocab_;
+    size_t n_batch_;
+    bool whole_;
+    PrefixCache cache_;
+    std::atomic<bool> woken_{false};
+    std::atomic<Generation *> alone_{nullptr};  // the only text of the batch that is computed now
+
+    std::vector<Share> shares_;
+    std::vector<llama_token> tokens_;
+    std::vector<llama_pos> positions_;
+    std::vector<int32_t> one_each_;
+    std::vector<llama_seq_id> sequences_;
+    std::vector<llama_seq_id *> sequence_of_;
+    std::vector<int8_t> outputs_;
+    std::string piece_;
+};
+
+}  // namespace tea

@@ -1,0 +1,280 @@
+// Which tokens the KV cache holds, and for whom. What was computed once is found again by its tokens, whoever asked
+// first: a sequence that shares them is a copy of cell numbers, not of keys and values (llama.h, llama_memory_seq_cp).
+//
+// A sequence is live while a text is being computed in it, and kept afterwards, until the least recently used one has to
+// make room. What leaves the KV cache may go on into host memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <vector>
+
+#include "guard.hpp"
+#include "llama.h"
+
+namespace tea {
+
+using Tokens = std::vector<llama_token>;
+
+inline size_t common_prefix(const Tokens & a, size_t n_a, const Tokens & b, size_t n_b) {
+    const size_t n = std::min(n_a, n_b);
+    return std::mismatch(a.begin(), a.begin() + n, b.begin()).first - a.begin();
+}
+
+// A text in the KV cache, or on its way into it.
+struct Text {
+    Tokens tokens;          // the prompt, then what was generated
+    size_t n_past = 0;      // tokens whose keys and values are computed
+    size_t n_shared = 0;    // of them, those in cells that another sequence brought
+    llama_seq_id seq = -1;  // -1: in no sequence yet
+};
+
+class PrefixCache {
+  public:
+    struct Options {
+        int32_t n_seq = 1;      // sequences, live and kept
+        bool reuse = true;      // keep sequences at all
+        bool whole = false;     // the state can't be cut or shared (recurrent, sliding window): all of it or nothing
+        size_t n_kept_max = 0;  // cells for kept sequences, of which the last one may be longer
+        size_t n_host_max = 0;  // bytes of host memory for those that had to leave
+    };
+
+    PrefixCache(llama_context * ctx, const Options & options) : ctx_(ctx), options_(options), live_(options.n_seq) {
+        for (llama_seq_id seq = options.n_seq; seq-- > 0;) free_.push_back(seq);
+    }
+
+    // Gives the text a sequence and what is known of its tokens, all but the last: its logits have to be computed.
+    // False if it has to wait: for a sequence, or, if `patient`, for a text in work that computes a longer prefix of it.
+    bool begin(const std::shared_ptr<Text> & text, bool patient) {
+        const Match match = find(*text);
+        if (patient && in_work(*text) >= match.n + worth_waiting) return false;
+        const size_t n = match.n;
+        if (match.kept != kept_.end() && (options_.whole || n == match.kept->tokens.size() || !spare(match.kept))) {
+            if (match.kept->seq >= 0) return take_over(text, match.kept, n);
+        }
+        const llama_seq_id seq = take_sequence(match.kept);
+        if (seq < 0) return false;
+        text->n_past = text->n_shared = 0;
+        if (match.live >= 0 || (match.kept != kept_.end() && match.kept->seq >= 0)) {
+            llama_memory_seq_cp(memory(), match.live >= 0 ? match.live : match.kept->seq, seq, 0, n);
+            text->n_past = text->n_shared = n;
+        } else if (match.kept != kept_.end() && restore(*match.kept, seq)) {
+            if (n < match.kept->tokens.size()) llama_memory_seq_rm(memory(), seq, n, -1);
+            text->n_past = n;
+        }
+        touch(match.kept);
+        occupy(text, seq);
+        return true;
+    }
+
+    // The text is computed no further; its tokens stay to be found.
+    void retire(Text & text) {
+        const llama_seq_id seq = text.seq;
+        if (seq < 0) return;
+        const std::shared_ptr<Text> hold = std::move(live_[seq]);  // `text` may die with it
+        live_[seq] = nullptr;
+        text.seq = -1;
+        const size_t n = text.n_past;
+        if (!options_.reuse || n < worth_keeping || holds(text.tokens, n)) {
+            release(seq);
+            return;
+        }
+        kept_.push_back({seq, Tokens(text.tokens.begin(), text.tokens.begin() + n), n - text.n_shared, {}});
+        drop_prefixes_of(std::prev(kept_.end()));
+        while (n_kept_cells_ + kept_.back().n_cells > options_.n_kept_max && evict_before(std::prev(kept_.end()))) {}
+        n_kept_cells_ += kept_.back().n_cells;
+    }
+
+    // Frees the cells of the kept sequence that was used least recently. False if none is left.
+    bool evict() { return evict_before(kept_.end()); }
+
+    // Retires the texts that nobody but this table knows any more.
+    void retire_abandoned() {
+        for (auto & text : live_) {
+            if (text && text.use_count() == 1) retire(*text);
+        }
+    }
+
+    size_t n_live() const { return std::count_if(live_.begin(), live_.end(), [](const auto & t) { return t != nullptr; }); }
+    size_t n_kept() const { return kept_.size(); }
+    size_t n_host_bytes() const { return n_host_bytes_; }
+
+  private:
+    struct Kept {
+        llama_seq_id seq;            // -1: in host memory
+        Tokens tokens;
+        size_t n_cells;              // that no other sequence brought
+        std::vector<uint8_t> state;  // llama_state_seq_get_data, in host memory
+    };
+    using KeptAt = std::list<Kept>::iterator;
+    struct Match {
+        size_t n = 0;
+        llama_seq_id live = -1;
+        KeptAt kept;
+    };
+
+    static constexpr size_t worth_keeping = 8;    // tokens
+    static constexpr size_t worth_waiting = 32;   // tokens that another text is about to compute
+    static constexpr size_t worth_restoring = 128;  // tokens more than the KV cache itself holds
+    static constexpr size_t n_kept_texts = 256;   // searched one by one
+
+    llama_memory_t memory() const { return llama_get_memory(ctx_); }
+
+    Match find(const Text & text) {
+        const size_t n_wanted = text.tokens.size() - 1;
+        Match best{0, -1, kept_.end()};
+        Match host = best;
+        for (auto at = kept_.begin(); at != kept_.end(); ++at) {
+            const size_t n = common_prefix(text.tokens, n_wanted, at->tokens, at->tokens.size());
+            if (options_.whole && n < at->tokens.size()) continue;
+            Match & match = at->seq >= 0 ? best : host;
+            if (n > 0 && n >= match.n) match = {n, -1, at};
+        }
+        for (const auto & other : live_) {
+            if (!other || options_.whole || !options_.reuse) continue;
+            const size_t n = common_prefix(text.tokens, n_wanted, other->tokens, other->n_past);
+            if (n > best.n) best = {n, other->seq, kept_.end()};
+        }
+        return host.n >= best.n + (options_.whole ? 1 : worth_restoring) ? host : best;
+    }
+
+    // The longest prefix that a text in work will have computed.
+    size_t in_work(const Text & text) const {
+        if (options_.whole || !options_.reuse) return 0;
+        size_t longest = 0;
+        for (const auto & other : live_) {
+            if (!other || other->n_past + 1 >= other->tokens.size()) continue;
+            longest = std::max(longest, common_prefix(text.tokens, text.tokens.size() - 1, other->tokens, other->tokens.size()));
+        }
+        return longest;
+    }
+
+    // Whether a sequence can be had without that of `kept`.
+    bool spare(KeptAt kept) {
+        if (!free_.empty()) return true;
+        return std::any_of(kept_.begin(), kept_.end(), [&](const Kept & k) { return k.seq >= 0 && &k != &*kept; });
+    }
+
+    bool take_over(const std::shared_ptr<Text> & text, KeptAt kept, size_t n) {
+        if (n < kept->tokens.size()) llama_memory_seq_rm(memory(), kept->seq, n, -1);
+        text->n_past = n;
+        text->n_shared = n - std::min(n, kept->n_cells);
+        const llama_seq_id seq = kept->seq;
+        n_kept_cells_ -= kept->n_cells;
+        kept_.erase(kept);
+        occupy(text, seq);
+        return true;
+    }
+
+    void occupy(const std::shared_ptr<Text> & text, llama_seq_id seq) {
+        text->seq = seq;
+        live_[seq] = text;
+    }
+
+    // A free sequence, if need be that of the least recently used text other than `spared`. -1 if all are live.
+    llama_seq_id take_sequence(KeptAt spared) {
+        if (free_.empty()) {
+            const auto oldest = std::find_if(kept_.begin(), kept_.end(), [&](const Kept & k) {
+                return k.seq >= 0 && (spared == kept_.end() || &k != &*spared);
+            });
+            if (oldest == kept_.end()) return -1;
+            evict(oldest);
+        }
+        const llama_seq_id seq = free_.back();
+        free_.pop_back();
+        return seq;
+    }
+
+    void release(llama_seq_id seq) {
+        llama_memory_seq_rm(memory(), seq, -1, -1);
+        free_.push_back(seq);
+    }
+
+    void touch(KeptAt kept) {
+        if (kept != kept_.end()) kept_.splice(kept_.end(), kept_, kept);
+    }
+
+    bool holds(const Tokens & tokens, size_t n) {
+        for (auto at = kept_.begin(); at != kept_.end(); ++at) {
+            const bool found = options_.whole ? at->tokens.size() == n : at->tokens.size() >= n;
+            if (found && common_prefix(tokens, n, at->tokens, n) == n) {
+                touch(at);
+                return true;
+            }
+        }
+        return false;
+    }
+
+    // A text that goes on from others replaces them.
+    void drop_prefixes_of(KeptAt longer) {
+        for (auto at = kept_.begin(); at != longer;) {
+            const size_t n = at->tokens.size();
+            const auto next = std::next(at);
+            if (n <= longer->tokens.size() && common_prefix(at->tokens, n, longer->tokens, n) == n) forget(at);
+            at = next;
+        }
+    }
+
+    void forget(KeptAt kept) {
+        if (kept->seq >= 0) {
+            n_kept_cells_ -= kept->n_cells;
+            release(kept->seq);
+        } else {
+            n_host_bytes_ -= kept->state.size();
+        }
+        kept_.erase(kept);
+    }
+
+    bool evict_before(KeptAt end) {
+        const auto oldest = std::find_if(kept_.begin(), end, [](const Kept & k) { return k.seq >= 0; });
+        if (oldest == end) return false;
+        evict(oldest);
+        return true;
+    }
+
+    void evict(KeptAt kept) {
+        if (!save(*kept)) {
+            forget(kept);
+            return;
+        }
+        n_kept_cells_ -= kept->n_cells;
+        release(kept->seq);
+        kept->seq = -1;
+        n_host_bytes_ += kept->state.size();
+        while (n_host_bytes_ > options_.n_host_max || kept_.size() > n_kept_texts) {
+            forget(std::find_if(kept_.begin(), kept_.end(), [](const Kept & k) { return k.seq < 0; }));
+        }
+    }
+
+    bool save(Kept & kept) {
+        const size_t n = options_.n_host_max == 0 ? 0 : llama_state_seq_get_size(ctx_, kept.seq);
+        if (n == 0 || n > options_.n_host_max) return false;
+        try {
+            kept.state.resize(n);
+        } catch (const std::bad_alloc &) {
+            return false;
+        }
+        return llama_state_seq_get_data(ctx_, kept.state.data(), n, kept.seq) == n;
+    }
+
+    bool restore(const Kept & kept, llama_seq_id seq) {
+        while (llama_state_seq_set_data(ctx_, kept.state.data(), kept.state.size(), seq) == 0) {
+            const auto oldest = std::find_if(kept_.begin(), kept_.end(), [](const Kept & k) { return k.seq >= 0; });
+            if (oldest == kept_.end()) return false;
+            forget(oldest);
+        }
+        return true;
+    }
+
+    llama_context * ctx_;
+    Options options_;
+    std::vector<std::shared_ptr<Text>> live_;  // by sequence; null if free or kept
+    std::vector<llama_seq_id> free_;
+    std::list<Kept> kept_;                     // least recently used first
+    size_t n_kept_cells_ = 0;
+    size_t n_host_bytes_ = 0;
+};
+
+}  // namespace tea

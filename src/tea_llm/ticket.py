@@ -1,0 +1,153 @@
+"""The two ends of a request: the caller waits for chunks and an outcome, the engine hands them out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from .errors import DeadlineExceeded, EngineBusy
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Ticket", "hand_out"]
+
+_Outcome = TypeVar("_Outcome")
+_Event: TypeAlias = "tuple[str | None, Any]"  # a chunk, or None and the outcome or error that ends the request
+
+
+class Ticket(Generic[_Outcome]):
+    """The caller's end of a request: iterate its chunks (`for` or `async for`), then take `outcome`.
+
+    A context manager: leaving it before the outcome is there, by any exception, cancels the request.
+
+    Raises what the request failed with, DeadlineExceeded after `timeout_s`, and EngineBusy when it was not begun within
+    `queue_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        now = time.monotonic()
+        self.outcome: Any = None  # once the iteration has ended
+        self.cancelled = False
+        self.loop = loop
+        self._timeout_s, self._queue_timeout_s = timeout_s, queue_timeout_s
+        self._deadline = None if timeout_s is None else now + timeout_s
+        self._turn_by = None if queue_timeout_s is None else now + queue_timeout_s
+        self._events: Any = _async_queue() if loop else SimpleQueue()
+        self._cancel: Callable[[], object] | None = None
+        self.begun = False  # whether the request has had its turn
+        self._lock = threading.Lock()
+
+    # --- the caller's side --------------------------------------------------------------------------------------------
+    def cancel(self) -> None:
+        """End the request as soon as may be; what it has so far is still handed out."""
+        with self._lock:
+            self.cancelled = True
+            cancel = self._cancel
+        if cancel:
+            cancel()
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                chunk, end = self._events.get(timeout=self._patience_s())
+            except Empty:
+                self._check_patience()
+                continue
+            if chunk is None:
+                return self._finish(end)
+            yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        import asyncio
+
+        while True:
+            try:
+                async with asyncio.timeout(self._patience_s()):
+                    chunk, end = await self._events.get()
+            except TimeoutError:
+                self._check_patience()
+                continue
+            if chunk is None:
+                self._finish(end)
+                return
+            yield chunk
+
+    def __enter__(self) -> Ticket[_Outcome]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.outcome is None:
+            self.cancel()
+
+    def _patience_s(self) -> float | None:
+        """Seconds until there is something to say about the time that has passed."""
+        limits = [limit for limit in (self._deadline, None if self.begun else self._turn_by) if limit is not None]
+        return max(min(limits) - time.monotonic(), 0) if limits else None
+
+    def _check_patience(self) -> None:
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            raise DeadlineExceeded(
+                f"no complete answer within {self._timeout_s:g} s; raise timeout or lower max_tokens"
+            )
+        if self._turn_by is not None and now >= self._turn_by and not self.begun:
+            raise EngineBusy(
+                f"the model was busy with other requests for {self._queue_timeout_s:g} s; raise queue_timeout or "
+                "n_parallel"
+            )
+
+    def _finish(self, end: Any) -> None:
+        if isinstance(end, BaseException):
+            raise end
+        self.outcome = end
+
+    # --- the engine's side --------------------------------------------------------------------------------------------
+    def cancel_by(self, cancel: Callable[[], object], *, begun: bool = False) -> None:
+        """Say how the request is cancelled from now on, and with `begun` that it has its turn."""
+        with self._lock:
+            self._cancel = cancel
+            self.begun = begun
+            cancelled = self.cancelled
+        if cancelled:
+            cancel()
+
+    def put(self, chunk: str | None, end: Any = None) -> None:
+        """Hand out a chunk, or None and what ends the request. With a loop: only on the loop's own thread."""
+        self._events.put_nowait((chunk, end))
+
+
+def hand_out(news: Iterable[tuple[Ticket[Any], str | None, Any]]) -> None:
+    """Put events into their tickets wherever their callers wait; a loop is woken once for all of its own."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket[Any], str | None, Any]]] = {}
+    for event in news:
+        ticket, chunk, end = event
+        if ticket.loop is None:
+            ticket.put(chunk, end)
+        else:
+            by_loop.setdefault(ticket.loop, []).append(event)
+    for loop, events in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, events)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            for ticket, _, _ in events:
+                ticket.cancel()
+
+
+def _put_all(events: Iterable[tuple[Ticket[Any], str | None, Any]]) -> None:
+    for ticket, chunk, end in events:
+        ticket.put(chunk, end)
+
+
+def _async_queue() -> Any:
+    import asyncio  # only where a loop runs, and so has imported it
+
+    return asyncio.Queue()
