@@ -523,12 +523,13 @@ cdef class Context:
     """Memory to compute in: the KV cache and the compute buffers of one model, and the threads that work on them.
 
     With `embeddings` it computes vectors (pooling None: as the file says), otherwise text. `flash_attn` None leaves the
-    choice to llama.cpp; `kv_f32` keeps keys and values in F32 and not F16, twice the memory. One thread at a time.
+    choice to llama.cpp. One thread at a time.
 
     `n_seq_max` texts share the `n_ctx` cells of the KV cache. With `reuse`, texts that ended are kept there while there
     is room, in `n_kept_max` cells at most, so that another text which begins alike need not compute them again; what
     has to leave goes into `n_host_max` bytes of host memory. A recurrent model or one with a sliding window can't share
-    a beginning: there a kept text is found by one that continues it.
+    a beginning: there a kept text is found by one that continues it. `fill_fours` fills batches up to multiples of four
+    rows where that is faster (batch.hpp says when).
 
     Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
     """
@@ -548,8 +549,8 @@ cdef class Context:
     cdef readonly bint embeddings
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
-                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None, bint kv_f32=False,
-                 bint reuse=True, size_t n_kept_max=2**31, size_t n_host_max=0):
+                 int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None,
+                 bint reuse=True, size_t n_kept_max=2**31, size_t n_host_max=0, bint fill_fours=False):
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
@@ -557,7 +558,7 @@ cdef class Context:
             raise errors.BadRequest(f"{model.path} was loaded with vocab_only; load it whole to compute with it")
         for name, value, low, high in (
             ("n_ctx", n_ctx, 0, 2**30), ("n_batch", n_batch, 1, 2**20), ("n_ubatch", n_ubatch, 0, n_batch),
-            ("n_seq_max", n_seq_max, 1, 256), ("n_threads", n_threads, 1, 512),
+            ("n_seq_max", n_seq_max, 1, 256 - fill_fours), ("n_threads", n_threads, 1, 512),
         ):
             if not low <= value <= high:
                 raise errors.BadRequest(f"{name} is {value}; give a number from {low} to {high}")
@@ -572,16 +573,16 @@ cdef class Context:
         params.n_ctx = n_ctx or max(model.n_ctx_train, 8)
         params.n_batch = n_batch
         params.n_ubatch = n_ubatch or n_batch
-        params.n_seq_max = n_seq_max
+        params.n_seq_max = n_seq_max + fill_fours
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.embeddings = embeddings
         params.pooling_type = _POOLING[pooling]
         params.flash_attn_type = _FLASH_ATTN[flash_attn]
-        params.type_k = params.type_v = GGML_TYPE_F32 if kv_f32 else GGML_TYPE_F16
         params.kv_unified = True
         params.no_perf = True
-        params.n_outputs_max = 0 if embeddings else n_seq_max  # logits of last tokens only: no buffer for the whole batch
+        # Logits of last tokens only: no buffer for the whole batch.
+        params.n_outputs_max = 0 if embeddings else params.n_seq_max + 2 * fill_fours
         cdef ggml_threadpool_params thread_params
         cdef llama_context* ctx
         _listen()
@@ -614,7 +615,7 @@ cdef class Context:
         options.whole = not model.shares_prefixes
         options.n_kept_max = n_kept_max
         options.n_host_max = n_host_max
-        self._batch = new Batch(ctx, model._vocab, options)
+        self._batch = new Batch(ctx, model._vocab, options, fill_fours)
 
     def __dealloc__(self):
         self._free()

@@ -2,6 +2,7 @@
 // batch goes to the prompts, one after the other, so that neither holds up the other. Texts join and leave between steps.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -42,9 +43,12 @@ class Batch {
   public:
     using Generations = std::vector<std::shared_ptr<Generation>>;
 
-    Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options)
+    // With `fill_fours` a batch of 4 n - 1 or 4 n + 2 rows is filled up: ggml multiplies repacked weights with four rows
+    // at once, and with each row of the rest alone, which takes as long (ggml-cpu/repack.cpp, forward_mul_mat). The
+    // rows belong to a sequence of their own, the one after `options.n_seq`, and are forgotten at once.
+    Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options, bool fill_fours)
         : ctx_(ctx), vocab_(vocab), n_vocab_(llama_vocab_n_tokens(vocab)), n_batch_(llama_n_batch(ctx)),
-          whole_(options.whole), cache_(ctx, options) {
+          whole_(options.whole), filler_(fill_fours ? options.n_seq : -1), cache_(ctx, options) {
         llama_set_abort_callback(ctx, [](void * self) { return static_cast<Batch *>(self)->is_aborted(); }, this);
     }
 
@@ -86,9 +90,11 @@ class Batch {
             fill(texts, false);
         }
         if (shares_.empty()) return false;
+        const size_t n_filler = add_filler();
         alone_.store(shares_.size() == 1 ? shares_[0].text : nullptr);
         const int32_t rc = decode();
         alone_.store(nullptr);
+        if (n_filler > 0) llama_memory_seq_rm(llama_get_memory(ctx_), filler_, -1, -1);
         if (rc == 1) {
             make_room(texts);
             return true;
@@ -147,6 +153,32 @@ class Batch {
         shares_.push_back({&text, n, tokens_.size(), is_last});
     }
 
+    // How many rows to add to `n` so that none or few are multiplied alone.
+    static size_t to_fours(size_t n) {
+        const size_t rest = n % 4;
+        return rest == 3 || (rest == 2 && n > 4) ? 4 - rest : 0;
+    }
+
+    // Fills up the rows, and among them those with logits, which the largest matrix is multiplied with.
+    size_t add_filler() {
+        if (filler_ < 0) return 0;
+        size_t n_more = to_fours(std::count(outputs_.begin(), outputs_.end(), 1));
+        for (size_t i = 0; i < outputs_.size() && n_more > 0; ++i) {
+            if (outputs_[i]) continue;
+            outputs_[i] = 1;
+            --n_more;
+        }
+        const size_t n = tokens_.size() + 2 <= n_batch_ ? to_fours(tokens_.size()) : 0;
+        for (size_t i = 0; i < n; ++i) {
+            tokens_.push_back(tokens_[0]);
+            positions_.push_back(static_cast<llama_pos>(i));
+            sequences_.push_back(filler_);
+            outputs_.push_back(n_more > 0);
+            n_more -= n_more > 0;
+        }
+        return n;
+    }
+
     int32_t decode() {
         one_each_.assign(tokens_.size(), 1);
         sequence_of_.clear();
@@ -164,6 +196,7 @@ class Batch {
     // The KV cache is full: what nobody computes with goes first, then the text that comes last.
     void make_room(const Generations & texts) {
         if (cache_.evict()) return;
+        filler_ = -1;  // from here on every cell is wanted
         Generation * last = nullptr;
         size_t n_live = 0;
         for (const auto & text : texts) {
@@ -213,6 +246,7 @@ class Batch {
     int32_t n_vocab_;
     size_t n_batch_;
     bool whole_;
+    llama_seq_id filler_;  // -1: none
     PrefixCache cache_;
     std::atomic<bool> woken_{false};
     std::atomic<Generation *> alone_{nullptr};  // the only text of the batch that is computed now

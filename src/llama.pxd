@@ -104,7 +104,7 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         int64_t last_us
         bool has_news()
     cppclass Batch:
-        Batch(llama_context* ctx, const llama_vocab* vocab, const PrefixCacheOptions& options) except +raise_fault
+        Batch(llama_context* ctx, const llama_vocab* vocab, const PrefixCacheOptions& options, bool fill_fours) except +raise_fault
         bool run(const vector[shared_ptr[Text]]& texts) except +raise_fault
         void wake()
         const PrefixCache& cache()
@@ -145,9 +145,6 @@ cdef extern from "llama.h" nogil:
         LLAMA_FLASH_ATTN_TYPE_AUTO
         LLAMA_FLASH_ATTN_TYPE_DISABLED
         LLAMA_FLASH_ATTN_TYPE_ENABLED
-    enum ggml_type:
-        GGML_TYPE_F32
-        GGML_TYPE_F16
     enum llama_load_mode:
         LLAMA_LOAD_MODE_AUTO
         LLAMA_LOAD_MODE_NONE
@@ -185,8 +182,6 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads_batch
         llama_pooling_type pooling_type
         llama_flash_attn_type flash_attn_type
-        ggml_type type_k
-        ggml_type type_v
         bool embeddings
         bool no_perf
         bool kv_unified

@@ -103,6 +103,7 @@ def _sampler(vocab, name, *args):
 def _tokens(model, vocab, prompt, chain):
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_threads, params.n_threads_batch = 512, 1, 1
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED  # src/attention.cpp rounds otherwise than ggml's
     ctx = llama.llama_init_from_model(model, params)
     samplers = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     for name, *args in chain:

@@ -115,10 +115,10 @@ class Context:
         embeddings: bool = False,
         pooling: str | None = None,
         flash_attn: bool | None = None,
-        kv_f32: bool = False,
         reuse: bool = True,
         n_kept_max: int = 2147483648,
         n_host_max: int = 0,
+        fill_fours: bool = False,
     ) -> None: ...
     @property
     def model(self) -> Model: ...

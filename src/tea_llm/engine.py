@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import _llama
 from .errors import Cancelled, ContextOverflow, EngineBusy, EngineClosed
 from .params import Timings, Usage
-from .sizing import fit_cells, fit_n_ctx, fit_n_parallel, fit_threads, kv_bytes_per_token, pays_f32, pays_flash
+from .sizing import fit_cells, fit_n_ctx, fit_n_parallel, fit_threads, fours_pay, kv_bytes_per_token
 from .ticket import Ticket, hand_out
 
 if TYPE_CHECKING:
@@ -342,10 +342,9 @@ class Engine:
                 model,
                 n_ctx=self.n_cells,
                 n_batch=n_batch,
-                n_seq_max=min(self.n_parallel + (_KEPT_TEXTS if model.shares_prefixes else 0), 256),
+                n_seq_max=min(self.n_parallel + (_KEPT_TEXTS if model.shares_prefixes else 0), 255),
                 n_threads=self.n_threads,
-                flash_attn=None if pays_flash(model) else False,
-                kv_f32=pays_f32(model),
+                fill_fours=not on_gpu and fours_pay(model),
                 n_kept_max=_KEPT_CELLS,
                 n_host_max=self.n_cells * kv_bytes_per_token(model) if ram_mib is None else ram_mib << 20,
             )

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import _llama
 
-__all__ = ["fit_cells", "fit_n_ctx", "fit_n_parallel", "fit_threads", "kv_bytes_per_token", "pays_f32", "pays_flash"]
+__all__ = ["fit_cells", "fit_n_ctx", "fit_n_parallel", "fit_threads", "fours_pay", "kv_bytes_per_token"]
 
 logger = logging.getLogger("tea_llm")
 
 _SMALL_MODEL_BYTES = 8 << 20  # below it the threads of a layer wait for each other longer than they compute
-_FLASH_HEAD_SIZE = 64  # below it llama.cpp's flash attention slows generation down, to a third at size 8
-_F16_HEAD_SIZE = 32  # below it llama.cpp multiplies F16 keys one by one; F32 is a third faster at size 8
+
+_REPACKED = {"2", "10", "14", "15", "25", "38"}  # Q4_0, Q2_K, Q4_K_S, Q4_K_M, IQ4_NL, MXFP4 (llama.h, llama_ftype)
 
 _N_PARALLEL = 16  # requests at once where nobody says how many, and memory holds them
 _CELLS_OF_A_REQUEST = 256  # fewer for each, and requests would push each other out
@@ -74,19 +74,14 @@ def fit_threads(asked: int | None, model_bytes: int) -> int:
     return len({_core_of(cpu) for cpu in cpus})
 
 
-def pays_flash(model: _llama.Model) -> bool:
-    """Whether llama.cpp's flash attention is as fast as its plain one for heads of this size."""
-    return not 0 < _head_size(model) < _FLASH_HEAD_SIZE
-
-
-def pays_f32(model: _llama.Model) -> bool:
-    """Whether keys and values are faster in F32 than in F16."""
-    return 0 < _head_size(model) < _F16_HEAD_SIZE
+def fours_pay(model: _llama.Model) -> bool:
+    """Whether a CPU multiplies this model's weights with four rows of a batch at once, and with fewer one by one."""
+    return model.shares_prefixes and model.metadata.get("general.file_type") in _REPACKED
 
 
 def kv_bytes_per_token(model: _llama.Model) -> int:
-    """Size of one token's keys and values, or 0 where the file does not tell the shape."""
-    return 2 * (4 if pays_f32(model) else 2) * model.n_layer * model.n_head_kv * _head_size(model)
+    """Size of one token's keys and values in F16, or 0 where the file does not tell the shape."""
+    return 2 * 2 * model.n_layer * model.n_head_kv * _head_size(model)
 
 
 def _cells_that_fit(model: _llama.Model) -> tuple[int, int]:
