@@ -10,7 +10,7 @@ pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cp
 from tea_llm._llama import Context, Generation, Model, Sampler
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play outside with her red ball. " * 6
-OTHERS = ("The big dog", "Tom and his mom went to the park. " * 9, "Once upon a time, there was a little girl named Tim")
+OTHERS = ("The big dog", "Tom and his mom went to the park. " * 9, "Once upon a time, there was a girl named Tim")
 
 
 @pytest.fixture(scope="module", params=["stories260K-q8_0.gguf", "stories260K-f32.gguf", "scripted-f16.gguf"])

@@ -41,6 +41,7 @@ from tea_llm.settings import LlmSettings
 from .api_server import ApiServer, chat, delta, sse, stream
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
+from tea_llm import registry
 from tea_llm._llama import Model
 from tea_llm.api import ApiLlmBackend
 
@@ -359,8 +360,8 @@ def test_the_async_twin_gives_the_same_vector(any_backend):
 def test_all_backends_give_the_vector_of_llama_server(backend, llama_server):
     with ApiLlmBackend({"llm": {"api_base": llama_server}}) as reference:
         expected = reference.embed("Once upon a time")
-    # The weights are Q8_0, and so llama.cpp rounds what they are multiplied with to 8 bits: there, the last bit of a sum,
-    # which another order changes, grows to 1e-3.
+    # The weights are Q8_0, so that llama.cpp rounds what they are multiplied with to 8 bits: the last bit of a sum, which
+    # another order changes, grows to 1e-3.
     assert backend.embed("Once upon a time") == pytest.approx(expected, abs=1e-2)
     assert math.hypot(*expected) == pytest.approx(1)
 
@@ -930,3 +931,32 @@ def test_without_the_extension_the_api_answers_and_says_what_is_missing(chat_mod
     assert "built without llama.cpp" in reason
     assert done.stderr.splitlines() == [f"WARNING Failed to load local LLM: {reason}. Falling back to API backend"]
     assert lines[1:] == [[True, reason]] * 2
+
+
+def test_a_pool_serves_others_while_a_model_loads(shared_models):
+    local = LlmSettings.from_mapping({"backend": "local", "model_path": str(shared_models / "scripted-f16.gguf")})
+    api = LlmSettings.from_mapping({"backend": "api", "api_base": "http://127.0.0.1:9/v1"})
+    pool = BackendPool()
+    found: list[object] = []
+    with registry._load_lock:  # a load that takes as long as this block
+        loading = [threading.Thread(target=lambda: found.append(pool.get(local))) for _ in range(2)]
+        for thread in loading:
+            thread.start()
+        other = threading.Thread(target=pool.get, args=(api,), daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        assert found == []
+    for thread in loading:
+        thread.join()
+    assert found == [pool.get(local)] * 2
+    pool.close()
+
+
+def test_a_closed_pool_loads_nothing(shared_models):
+    heard: list[float] = []
+    pool = BackendPool(heard.append)
+    pool.close()
+    with pytest.raises(EngineClosed, match="Pool"):
+        pool.get(LlmSettings.from_mapping({"backend": "local", "model_path": str(shared_models / "scripted-f16.gguf")}))
+    assert heard == []

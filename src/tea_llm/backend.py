@@ -413,12 +413,28 @@ class BackendPool:
         """
         choice = _choose(settings, cli or {})
         key = (settings, choice.path, choice.missing is None)
+        known = self._known(key)
+        if known is None:
+            # Without the lock: others are served while a model loads, and two who load the same one share it.
+            opened = _open(choice, self._progress, each_call=True)
+            try:
+                known = self._known(key, opened)
+            finally:
+                if known is not opened:
+                    opened.close()
+        assert known is not None
+        return known
+
+    def _known(
+        self, key: tuple[LlmSettings, str | None, bool], opened: RequestBackend | None = None
+    ) -> RequestBackend | None:
+        """The backend of `key`, which is `opened` if there was none yet."""
         with self._lock:
             if self._closed:
                 raise EngineClosed("this BackendPool is closed; make a new one")
-            if key not in self._backends:
-                self._backends[key] = _open(choice, self._progress, each_call=True)
-            return self._backends[key]
+            if opened is not None:
+                self._backends.setdefault(key, opened)
+            return self._backends.get(key)
 
     def close(self) -> None:
         """Close every backend. Closing twice is fine."""
