@@ -360,8 +360,8 @@ def test_the_async_twin_gives_the_same_vector(any_backend):
 def test_all_backends_give_the_vector_of_llama_server(backend, llama_server):
     with ApiLlmBackend({"llm": {"api_base": llama_server}}) as reference:
         expected = reference.embed("Once upon a time")
-    # The weights are Q8_0, so that llama.cpp rounds what they are multiplied with to 8 bits: the last bit of a sum, which
-    # another order changes, grows to 1e-3.
+    # The weights are Q8_0, so that llama.cpp rounds what they are multiplied with to 8 bits: the last bit of a sum,
+    # which another order changes, grows to 1e-3.
     assert backend.embed("Once upon a time") == pytest.approx(expected, abs=1e-2)
     assert math.hypot(*expected) == pytest.approx(1)
 
