@@ -36,7 +36,7 @@ _CPU_BATCH, _GPU_BATCH = 128, 512  # tokens computed at once; more makes a CPU n
 _EMBED_BATCH = 512  # tokens computed at once; a longer text gets a larger context
 _EMBED_TEXTS = 64  # sequences in one batch
 _KEPT_TEXTS = 32  # that ended and may be found again, in the KV cache
-_KEPT_CELLS = 1024  # for them; each costs the others a look at it, so that older ones go into host memory
+_KEPT_CELLS = 4096  # for them; more would slow small models down, by their share of the mask
 _PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
 _MAX_QUEUE = 10_000
 
@@ -209,8 +209,9 @@ class Engine:
                 raise self._is_closed()
             if len(self._waiting) >= _MAX_QUEUE:
                 raise EngineBusy(f"{_MAX_QUEUE} requests wait for {self.path}; send fewer at once")
+            has_place = len(self._live) + len(self._waiting) < self.n_parallel
             heapq.heappush(self._waiting, (precedence, next(self._numbers), job))
-            ticket.cancel_by(self._drop_cancelled)
+            ticket.cancel_by(self._drop_cancelled, begun=has_place)
             self._interrupt()
         return ticket
 
