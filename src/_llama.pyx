@@ -5,11 +5,12 @@ The call shape is always the same: check the arguments, one C call without the G
 A Context and what works on it belong to one thread at a time; a second one gets EngineError, not a crash.
 """
 cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_DecodeUTF8Stateful
 from libc.math cimport isfinite, sqrt
-from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint32_t
+from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint8_t, uint32_t
 from libcpp cimport bool
 from libcpp.atomic cimport atomic
 from libcpp.memory cimport make_shared, shared_ptr
@@ -26,8 +27,8 @@ import stat
 from tea_llm import errors
 
 __all__ = [
-    "Context", "Generation", "Loading", "Model", "Sampler", "devices", "llama_version", "supports_gpu_offload",
-    "system_info",
+    "Context", "Generation", "Loading", "Model", "Sampler", "devices", "llama_version", "state_layout",
+    "supports_gpu_offload", "system_info",
 ]
 
 cdef extern from *:
@@ -69,6 +70,13 @@ cdef str _last_words():
 def llama_version() -> str:
     """Version of the llama.cpp that is linked in."""
     return llama_version_bytes().decode()
+
+
+def state_layout() -> str:
+    """How a Context lays out what it has computed, as far as that is chosen; a state of another layout doesn't fit."""
+    cdef llama_context_params params = llama_context_default_params()
+    return (f"state format {LLAMA_STATE_SEQ_VERSION}, key type {params.type_k}, value type {params.type_v}, "
+            f"flash attention {<int>params.flash_attn_type}, whole windows {<int>params.swa_full}")
 
 
 def system_info() -> str:
@@ -982,6 +990,9 @@ cdef class Generation:
     """One text being generated in a Context, alone by `run` or beside others by `Context.run`.
 
     It ends with `length` after `max_tokens`, or when it has `n_ctx` tokens (None: as many as the context holds).
+    `known` is what `take_state` gave for an earlier text, in whichever process: what the prompt begins with of it is
+    not computed again. `save` asks for the state of this one.
+
     Raises ContextOverflow when the prompt alone leaves no room.
     """
 
@@ -989,10 +1000,11 @@ cdef class Generation:
     # the text samples with its chain
     cdef readonly Sampler sampler
     cdef shared_ptr[Text] _text      # the batch holds it too
+    cdef bytes _known_state          # what _text points into until it has begun
     cdef int64_t _made_us
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=(),
-                 bint stream=False, n_ctx=None):
+                 bint stream=False, n_ctx=None, known=None, bint save=False):
         if self.context is not None:
             raise errors.EngineError("this Generation is made already; make a new one")
         if context.embeddings:
@@ -1020,6 +1032,12 @@ cdef class Generation:
         text.chain = &sampler._chain
         text.n_lookback = sampler._n_lookback
         text.stream = stream
+        text.save = save
+        if known is not None:
+            known_tokens, self._known_state = known
+            text.known.tokens = context.model._check_tokens(known_tokens)
+            text.known.state = self._known_state
+            text.known.n_bytes = len(self._known_state)
         self.context = context
         self.sampler = sampler
         self._text = shared
@@ -1046,6 +1064,9 @@ cdef class Generation:
         cdef Text* text = self._made()
         if text.finish.load() == FAULT:
             return errors.EngineFault(text.fault.decode("utf-8", "replace"))
+        if text.finish.load() == UNFIT:
+            return errors.SessionError(
+                f"the saved state can't be used in this context: {text.unfit.decode('utf-8', 'replace')}; delete it")
         if text.finish.load() != NO_TOKEN:
             return None
         if self.sampler._constrained:
@@ -1088,6 +1109,19 @@ cdef class Generation:
     def cancel(self) -> None:
         """End the generation, from any thread: what it has so far can still be taken."""
         self._made().cancelled.store(True)
+
+    def take_state(self) -> tuple | None:
+        """(tokens, state): what was computed of this text, to be `known` to a later one. It can be taken once.
+
+        None unless it was made with `save` and ended with `stop` or `length`; and where memory didn't hold the state.
+        """
+        cdef Text* text = self._made()
+        cdef size_t i
+        if not self.ended or text.state.empty():
+            return None
+        state = PyBytes_FromStringAndSize(<char*>text.state.data(), text.state.size())
+        text.state = vector[uint8_t]()
+        return [text.tokens[i] for i in range(text.n_past)], state
 
     cdef str _take_text(self):
         """The text that is ready and was not taken yet. Called by the one thread that has the context."""

@@ -18,7 +18,7 @@
 
 namespace tea {
 
-enum Finish { RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT };
+enum Finish { RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT, UNFIT };
 
 // A text being generated. It belongs to the thread that runs the batch; any other may touch what is atomic.
 struct Generation : Text {
@@ -29,6 +29,8 @@ struct Generation : Text {
     int32_t n_lookback = 0;     // tokens at the end of the prompt that the chain wants to see
     TextFilter filter;
     bool stream = false;        // wants each piece of text as it comes
+    bool save = false;          // wants its state when it ends by itself
+    std::vector<uint8_t> state; // of its first n_past tokens, once it has ended so
     bool parked = false;        // lost its place in the cache to others, until one of them ends
     std::atomic<bool> cancelled{false};
     std::atomic<Finish> finish{RUNNING};
@@ -61,6 +63,7 @@ class Batch {
         do {
             bool news = texts.empty();
             for (const auto & text : texts) {
+                if (text->finish == RUNNING && !text->unfit.empty()) end(*text, UNFIT, texts);
                 if (text->finish == RUNNING && text->cancelled.load()) end(*text, CANCELLED, texts);
                 if (text->finish == RUNNING && text->n_max == 0) end(*text, LENGTH, texts);
                 news |= text->has_news();
@@ -231,6 +234,7 @@ class Batch {
 
     void end(Generation & text, Finish finish, const Generations & texts) {
         text.filter.flush();
+        if (text.save && (finish == STOP || finish == LENGTH)) text.state = cache_.state_of(text);
         text.finish = finish;
         cache_.retire(text);
         for (const auto & other : texts) other->parked = false;

@@ -1,6 +1,6 @@
 # The part of llama.h (and of ggml's headers) that we call, in their order. Calls that can assert or throw go through
 # guard.hpp and carry `except +raise_fault`; the others return plain values and can do neither.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.atomic cimport atomic
 from libcpp.memory cimport shared_ptr
@@ -18,6 +18,7 @@ cdef extern from "llama.h" nogil:
         pass
     struct llama_memory_i:
         pass
+    int LLAMA_STATE_SEQ_VERSION
     ctypedef llama_memory_i* llama_memory_t
     ctypedef int32_t llama_pos
     ctypedef int32_t llama_token
@@ -78,6 +79,10 @@ cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
         bool whole
         size_t n_kept_max
         size_t n_host_max
+    struct Known:
+        vector[llama_token] tokens
+        const char* state
+        size_t n_bytes
     cppclass PrefixCache:
         size_t n_live()
         size_t n_kept()
@@ -85,7 +90,7 @@ cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
 
 cdef extern from "batch.hpp" namespace "tea" nogil:
     enum Finish:
-        RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT
+        RUNNING, STOP, LENGTH, CANCELLED, NO_TOKEN, FAULT, UNFIT
     cppclass Text "tea::Generation":
         vector[llama_token] tokens
         size_t n_prompt
@@ -95,6 +100,11 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         int32_t n_lookback
         TextFilter filter
         bool stream
+        bool save
+        vector[uint8_t] state
+        size_t n_past
+        Known known
+        string unfit
         atomic[bool] cancelled
         atomic[Finish] finish
         string fault
@@ -182,8 +192,11 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads_batch
         llama_pooling_type pooling_type
         llama_flash_attn_type flash_attn_type
+        int type_k
+        int type_v
         bool embeddings
         bool no_perf
+        bool swa_full
         bool kv_unified
 
     struct llama_logit_bias:

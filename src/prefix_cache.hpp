@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <list>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "guard.hpp"
@@ -23,12 +24,21 @@ inline size_t common_prefix(const Tokens & a, size_t n_a, const Tokens & b, size
     return std::mismatch(a.begin(), a.begin() + n, b.begin()).first - a.begin();
 }
 
+// What was computed elsewhere: tokens, and the state of a sequence that holds them (llama_state_seq_get_data).
+struct Known {
+    Tokens tokens;
+    const char * state = nullptr;  // not owned; null: nothing is known
+    size_t n_bytes = 0;
+};
+
 // A text in the KV cache, or on its way into it.
 struct Text {
     Tokens tokens;          // the prompt, then what was generated
     size_t n_past = 0;      // tokens whose keys and values are computed
     size_t n_shared = 0;    // of them, those in cells that another sequence brought
     llama_seq_id seq = -1;  // -1: in no sequence yet
+    Known known;            // until the text has a sequence
+    std::string unfit;      // why `known` can't be the state of a sequence here, if it can't
 };
 
 class PrefixCache {
@@ -48,7 +58,9 @@ class PrefixCache {
     // Gives the text a sequence and what is known of its tokens, all but the last: its logits have to be computed.
     // False if it has to wait: for a sequence, or, if `patient`, for a text in work that computes a longer prefix of it.
     bool begin(const std::shared_ptr<Text> & text, bool patient) {
-        const Match match = find(*text);
+        Match match = find(*text);
+        const size_t n_known = worth_reading(*text, match.n);
+        if (n_known > 0) match = {n_known, -1, kept_.end()};
         if (patient && in_work(*text) >= match.n + worth_waiting) return false;
         const size_t n = match.n;
         if (match.kept != kept_.end() && (options_.whole || n == match.kept->tokens.size() || !spare(match.kept))) {
@@ -57,16 +69,24 @@ class PrefixCache {
         const llama_seq_id seq = take_sequence(match.kept);
         if (seq < 0) return false;
         text->n_past = text->n_shared = 0;
-        if (match.live >= 0 || (match.kept != kept_.end() && match.kept->seq >= 0)) {
+        if (n_known > 0) {
+            if (read_known(*text, seq, n)) text->n_past = n;
+        } else if (match.live >= 0 || (match.kept != kept_.end() && match.kept->seq >= 0)) {
             llama_memory_seq_cp(memory(), match.live >= 0 ? match.live : match.kept->seq, seq, 0, n);
             text->n_past = text->n_shared = n;
-        } else if (match.kept != kept_.end() && restore(*match.kept, seq)) {
+        } else if (match.kept != kept_.end() && restore(match.kept->state.data(), match.kept->state.size(), seq) > 0) {
             if (n < match.kept->tokens.size()) llama_memory_seq_rm(memory(), seq, n, -1);
             text->n_past = n;
         }
         touch(match.kept);
         occupy(text, seq);
         return true;
+    }
+
+    // The state of a live text, to be `Known` elsewhere. Empty where there is none, or no memory for it.
+    std::vector<uint8_t> state_of(const Text & text) const {
+        if (text.seq < 0 || text.n_past == 0) return {};
+        return copy_state(text.seq, llama_state_seq_get_size(ctx_, text.seq));
     }
 
     // The text is computed no further; its tokens stay to be found.
@@ -140,6 +160,15 @@ class PrefixCache {
         return host.n >= best.n + (options_.whole ? 1 : worth_restoring) ? host : best;
     }
 
+    // Tokens to take from what is known of the text; 0 if the `n_found` that are here already are about as many.
+    size_t worth_reading(const Text & text, size_t n_found) const {
+        const Tokens & tokens = text.known.tokens;
+        if (!text.known.state || tokens.size() > llama_n_ctx(ctx_)) return 0;
+        const size_t n = common_prefix(text.tokens, text.tokens.size() - 1, tokens, tokens.size());
+        if (options_.whole) return n == tokens.size() && n > n_found ? n : 0;
+        return n >= n_found + std::min(n_found + 1, worth_restoring) ? n : 0;
+    }
+
     // The longest prefix that a text in work will have computed.
     size_t in_work(const Text & text) const {
         if (options_.whole || !options_.reuse) return 0;
@@ -170,6 +199,7 @@ class PrefixCache {
 
     void occupy(const std::shared_ptr<Text> & text, llama_seq_id seq) {
         text->seq = seq;
+        text->known = {};
         live_[seq] = text;
     }
 
@@ -251,21 +281,48 @@ class PrefixCache {
     bool save(Kept & kept) {
         const size_t n = options_.n_host_max == 0 ? 0 : llama_state_seq_get_size(ctx_, kept.seq);
         if (n == 0 || n > options_.n_host_max) return false;
-        try {
-            kept.state.resize(n);
-        } catch (const std::bad_alloc &) {
-            return false;
-        }
-        return llama_state_seq_get_data(ctx_, kept.state.data(), n, kept.seq) == n;
+        kept.state = copy_state(kept.seq, n);
+        return !kept.state.empty();
     }
 
-    bool restore(const Kept & kept, llama_seq_id seq) {
-        while (llama_state_seq_set_data(ctx_, kept.state.data(), kept.state.size(), seq) == 0) {
+    std::vector<uint8_t> copy_state(llama_seq_id seq, size_t n) const {
+        std::vector<uint8_t> state;
+        try {
+            state.resize(n);
+        } catch (const std::bad_alloc &) {
+            return {};
+        }
+        if (llama_state_seq_get_data(ctx_, state.data(), n, seq) != n) state.clear();
+        return state;
+    }
+
+    // Puts what is known of the text into a sequence, `n` tokens of it. False, and the sequence is empty, if there is no
+    // room beside live texts, or if it is unfit: llama.cpp refuses it, or it holds other positions than its tokens have.
+    bool read_known(Text & text, llama_seq_id seq, size_t n) {
+        const Known & known = text.known;
+        take_last_words();
+        const size_t n_read = restore(reinterpret_cast<const uint8_t *>(known.state), known.n_bytes, seq);
+        const auto last = static_cast<llama_pos>(known.tokens.size()) - 1;
+        if (n_read == known.n_bytes && llama_memory_seq_pos_max(memory(), seq) == last &&
+            (options_.whole || llama_memory_seq_pos_min(memory(), seq) == 0)) {
+            if (n < known.tokens.size()) llama_memory_seq_rm(memory(), seq, n, -1);
+            return true;
+        }
+        llama_memory_seq_rm(memory(), seq, -1, -1);
+        const std::string why = take_last_words();
+        if (n_read > 0 || n_live() == 0) text.unfit = why.empty() ? "it does not hold the tokens that it says" : why;
+        return false;
+    }
+
+    // Bytes of a state that were read into a sequence, for which kept texts give way; 0 where llama.cpp can't.
+    size_t restore(const uint8_t * state, size_t n, llama_seq_id seq) {
+        size_t n_read;
+        while ((n_read = llama_state_seq_set_data(ctx_, state, n, seq)) == 0) {
             const auto oldest = std::find_if(kept_.begin(), kept_.end(), [](const Kept & k) { return k.seq >= 0; });
-            if (oldest == kept_.end()) return false;
+            if (oldest == kept_.end()) return 0;
             forget(oldest);
         }
-        return true;
+        return n_read;
     }
 
     llama_context * ctx_;

@@ -22,7 +22,7 @@ FLOORS = (
     ("settings",),
     ("chat", "models", "template"),
     ("_llama",),
-    ("sizing", "ticket"),
+    ("session", "sizing", "ticket"),
     ("engine",),
     ("registry",),
     ("backend",),  # the seam: what a backend is. It opens `local` and `api`, which stand on it, by LATE below

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ModelLoadError,
         ModelNotFound,
         OutOfMemory,
+        SessionError,
         SettingsError,
         WorkflowError,
     )
@@ -52,7 +53,7 @@ _ROOMS = {
         "ApiConnectionError", "ApiError", "ApiResponseError", "ApiStatusError", "ApiTimeout", "BadRequest", "Cancelled",
         "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed", "EngineError", "EngineFault",
         "ExtensionMissing", "FallbackError", "GrammarError", "LlmError", "ModelError", "ModelLoadError",
-        "ModelNotFound", "OutOfMemory", "SettingsError", "WorkflowError",
+        "ModelNotFound", "OutOfMemory", "SessionError", "SettingsError", "WorkflowError",
     ),
     "local": ("LocalLlmBackend",),
     "models": ("get_model_info", "resolve_model_path"),
@@ -66,8 +67,9 @@ __all__ = [
     "BackendPool", "BadRequest", "Cancelled", "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed",
     "EngineError", "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError", "LlmBackend", "LlmCallParams",
     "LlmCallResult", "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError", "ModelLoadError", "ModelNotFound",
-    "OutOfMemory", "SettingsError", "Timings", "Usage", "WorkflowError", "__tea_actions__", "create_llm_backend",
-    "format_chat_prompt", "get_model_info", "register_actions", "resolve_model_path", "run_workflow",
+    "OutOfMemory", "SessionError", "SettingsError", "Timings", "Usage", "WorkflowError", "__tea_actions__",
+    "create_llm_backend", "format_chat_prompt", "get_model_info", "register_actions", "resolve_model_path",
+    "run_workflow",
 ]  # fmt: skip
 
 

@@ -467,6 +467,8 @@ def _as_dict(result: LlmCallResult) -> dict[str, Any]:
     answer: dict[str, Any] = {"content": result.content, **_origin(result), "finish_reason": result.finish_reason}
     if result.timings is not None:
         answer["timings"] = dataclasses.asdict(result.timings)
+    if result.session_error is not None:
+        answer["session_error"] = result.session_error
     if result.tool_calls:
         answer["tool_calls"] = [dict(call) for call in result.tool_calls]
     return answer

@@ -409,6 +409,8 @@ class ApiLlmBackend(RequestBackend):
         self, io: Io, effort: _Effort, params: LlmCallParams, on_chunk: ChunkCallback | None
     ) -> LlmCallResult:
         check_request(params, on_chunk)
+        if params.session is not None:
+            logger.debug("session %s: an API keeps none", params.session)
         endpoint = self._endpoint()
         asking = _Asking(io, endpoint, patience_of(self._settings, params.extra, params.timeout_s), effort)
         deployment = endpoint.deployment if endpoint.provider == "azure" else None

@@ -16,12 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _llama
-from .errors import Cancelled, ContextOverflow, EngineBusy, EngineClosed
+from .errors import Cancelled, ContextOverflow, EngineBusy, EngineClosed, ModelError, SessionError
+from .models import model_digest
 from .params import Timings, Usage
+from .session import Origin, Session
 from .sizing import fit_cells, fit_n_ctx, fit_n_parallel, fit_threads, fours_pay, kv_bytes_per_token
 from .ticket import Ticket, hand_out
 
@@ -59,7 +62,10 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt to continue. `sampling` holds keyword arguments of `_llama.Sampler`; `stream`: a chunk per token."""
+    """A prompt to continue. `sampling` holds keyword arguments of `_llama.Sampler`; `stream`: a chunk per token.
+
+    What the prompt has in common with the `known` session is not computed again; `save`: it becomes a session itself.
+    """
 
     prompt: str
     max_tokens: int | None = None
@@ -67,15 +73,21 @@ class TextRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
     truncate: bool = False
+    known: Session | None = None
+    save: bool = False
 
 
 @dataclass(frozen=True)
 class Generated:
-    """How a `TextRequest` ended; its text was handed out as chunks."""
+    """How a `TextRequest` ended; its text was handed out as chunks.
+
+    `session` is None unless it was to be saved and the text ended by itself; and where memory didn't hold it.
+    """
 
     finish_reason: str
     usage: Usage
     timings: Timings
+    session: Session | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,7 @@ class Engine:
         self.n_users = self.n_releases = 0  # counted by the registry
         self._pid = os.getpid()
         self._model: _llama.Model | None = _load(path, options, on_progress)
+        self._file = _stamp(path)
         self.n_ctx = fit_n_ctx(self._model, options.n_ctx)
         self.n_cells = fit_cells(self._model, self.n_ctx, options.n_parallel)
         self.n_parallel = fit_n_parallel(self.n_cells, options.n_parallel)
@@ -168,6 +181,24 @@ class Engine:
         if model is None:
             raise self._is_closed()
         return model
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What sessions of this engine come from. Read from the model file, by the first who asks.
+
+        Raises SessionError where the file is no longer the one that was loaded.
+        """
+        try:
+            origin = Origin(
+                model_digest(self.path), Path(self.path).stem, _llama.llama_version(), _llama.state_layout()
+            )
+        except ModelError as exc:
+            raise SessionError(f"no session can be kept: {exc} Leave session out.") from exc
+        if _stamp(self.path) != self._file:
+            raise SessionError(
+                f"no session can be kept: {self.path} was changed after it was loaded; make a new backend"
+            )
+        return origin
 
     def _is_closed(self) -> EngineClosed:
         return EngineClosed(f"the engine of {self.path} is closed; make a new backend")
@@ -307,6 +338,8 @@ class Engine:
             stop=request.stop,
             stream=request.stream,
             n_ctx=self.n_ctx,
+            known=(request.known.tokens, request.known.state) if request.known else None,
+            save=request.save,
         )
 
     def _compute(self) -> None:
@@ -441,7 +474,17 @@ def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
         generation.n_cached,
         seed=generation.sampler.seed,
     )
-    return Generated(generation.finish_reason or "stop", Usage(generation.n_prompt, n_generated), timings)
+    usage, state = Usage(generation.n_prompt, n_generated), generation.take_state()
+    return Generated(generation.finish_reason or "stop", usage, timings, state and Session(*state))
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _load(path: str, options: EngineOptions, on_progress: Callable[[float], object] | None) -> _llama.Model:

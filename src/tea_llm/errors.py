@@ -4,7 +4,8 @@
     ├── SettingsError (ValueError)            a settings key or value
     ├── BadRequest (ValueError)               an argument of one call; never retried, never a reason to fall back
     │   ├── ContextOverflow                   prompt + max_tokens do not fit; falls back only where asked
-    │   └── GrammarError                      a grammar llama.cpp can't parse
+    │   ├── GrammarError                      a grammar llama.cpp can't parse
+    │   └── SessionError                      a session file that can't be used
     ├── ModelError                            a model that can't be used; a reason to fall back
     │   ├── ModelNotFound (FileNotFoundError)
     │   ├── ModelLoadError (RuntimeError)
@@ -51,6 +52,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFound",
     "OutOfMemory",
+    "SessionError",
     "SettingsError",
     "WorkflowError",
 ]
@@ -79,6 +81,10 @@ class ContextOverflow(BadRequest):
 
 class GrammarError(BadRequest):
     """A grammar that llama.cpp can't parse."""
+
+
+class SessionError(BadRequest):
+    """A session file that can't be read, is damaged, or belongs to another model; or one that can't be written."""
 
 
 class ModelError(LlmError):

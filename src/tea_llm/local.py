@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .backend import RequestBackend, check_plain, check_request, checked_texts
 from .chat import format_chat_prompt, message_text
-from .errors import BadRequest, EngineClosed, ExtensionMissing, ModelNotFound, SettingsError
+from .errors import BadRequest, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
 from .models import get_model_info
 from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
-from .settings import LlmSettings
+from .session import Session, SessionFile
+from .settings import LlmSettings, expand_path
 
 if TYPE_CHECKING:
     import asyncio
@@ -159,12 +160,14 @@ class LocalLlmBackend(RequestBackend):
     def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """Answer `params` on the local model; see LlmBackend."""
         check_plain(on_chunk)
+        check_request(params, on_chunk)
         answer = _Answer(self.model, on_chunk)
-        with self._ticket(params, on_chunk) as ticket:
+        file, known = self._session(params)
+        with self._ticket(params, on_chunk, known) as ticket:
             for chunk in ticket:
                 if answer.take(chunk) is False:
                     ticket.cancel()
-        return answer.result(ticket.outcome)
+        return _saved(file, ticket.outcome, answer.result(ticket.outcome))
 
     async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
         """`generate` for asyncio; `on_chunk` may be a coroutine function."""
@@ -173,28 +176,42 @@ class LocalLlmBackend(RequestBackend):
         check_request(params, on_chunk)
         answer = _Answer(self.model, on_chunk)
         loop, n_characters = asyncio.get_running_loop(), _size(params)
-        with await _beside_loop(n_characters, lambda: self._ticket(params, on_chunk, loop)) as ticket:
+        file, known = await asyncio.to_thread(self._session, params) if params.session is not None else (None, None)
+        with await _beside_loop(n_characters, lambda: self._ticket(params, on_chunk, known, loop)) as ticket:
             async for chunk in ticket:
                 verdict = answer.take(chunk)
                 if (await verdict if isinstance(verdict, Awaitable) else verdict) is False:
                     answer.stop()
                     ticket.cancel()
-        return answer.result(ticket.outcome)
+        result = answer.result(ticket.outcome)
+        return result if file is None else await asyncio.to_thread(_saved, file, ticket.outcome, result)
+
+    def _session(self, params: LlmCallParams) -> tuple[SessionFile | None, Session | None]:
+        """Where the session of a call is kept, and what is there."""
+        if params.session is None:
+            return None, None
+        file = SessionFile(expand_path(params.session), self._open_engine().origin)
+        return file, file.read()
 
     def _ticket(
-        self, params: LlmCallParams, on_chunk: ChunkCallback | None, loop: asyncio.AbstractEventLoop | None = None
+        self,
+        params: LlmCallParams,
+        on_chunk: ChunkCallback | None,
+        known: Session | None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> Ticket[Generated]:
         """Hand the request to the engine."""
         return self._open_engine().generate(
-            self._text_request(params, on_chunk),
+            self._text_request(params, on_chunk, known),
             timeout_s=params.timeout_s,
             queue_timeout_s=self._settings.queue_timeout,
             priority=params.priority,
             loop=loop,
         )
 
-    def _text_request(self, params: LlmCallParams, on_chunk: ChunkCallback | None) -> TextRequest:
-        check_request(params, on_chunk)
+    def _text_request(
+        self, params: LlmCallParams, on_chunk: ChunkCallback | None, known: Session | None
+    ) -> TextRequest:
         for name, plain in _UNSUPPORTED.items():
             if params.extra.get(name) not in plain:
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
@@ -211,6 +228,8 @@ class LocalLlmBackend(RequestBackend):
             sampling=_sampling(params),
             stream=on_chunk is not None,
             truncate=params.truncate,
+            known=known,
+            save=params.session is not None,
         )
         return request
 
@@ -324,6 +343,20 @@ class _Answer:
             backend="local",
             timings=outcome.timings,
         )
+
+
+def _saved(file: SessionFile | None, outcome: Generated, result: LlmCallResult) -> LlmCallResult:
+    """The result, its session saved if it has one and ended by itself; the answer is not lost where that fails."""
+    if file is None or result.finish_reason == "cancelled" or (outcome.session is None and not result.content):
+        return result
+    try:
+        if outcome.session is None:
+            raise SessionError(f"the session could not be saved to {file.path}: there is no memory for a copy of it")
+        file.write(outcome.session)
+    except SessionError as exc:
+        logger.warning("%s", exc)
+        return dataclasses.replace(result, session_error=str(exc))
+    return result
 
 
 class _Rooms(NamedTuple):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,15 @@ from typing import Any
 from .errors import ModelLoadError, ModelNotFound, SettingsError
 from .settings import LlmSettings, expand_path, home_directory
 
-__all__ = ["LongArray", "get_model_info", "packaged_model", "read_metadata", "resolve_model_path"]
+__all__ = [
+    "LongArray",
+    "get_model_info",
+    "model_digest",
+    "open_regular",
+    "packaged_model",
+    "read_metadata",
+    "resolve_model_path",
+]
 
 logger = logging.getLogger("tea_llm")
 
@@ -179,6 +189,7 @@ _HEADER_LIMIT_BYTES = 128 << 20  # ten times the largest vocabulary in use; boun
 _KEYS_LIMIT = 1 << 16
 _SHORT_ARRAY = 64  # elements; a longer array is skipped and only described
 _FIRST_READ_BYTES = 1 << 20  # most headers without a vocabulary, and no time to speak of
+_SAMPLE_BYTES = 4096  # of each tensor, to tell models of one shape apart
 
 
 @dataclass(frozen=True)
@@ -214,10 +225,45 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     damaged, or is of another version.
     """
     _check_path(path)
+    with _opened(path) as file:
+        return _Header(file).metadata()
+
+
+def model_digest(path: str | os.PathLike[str]) -> str:
+    """What tells a GGUF file from any other: SHA-256 of its size, its header, and a sample of each tensor.
+
+    Of a model in several files, all are read. Raises as `read_metadata` does.
+    """
+    import hashlib  # only sessions need it
+
+    digest = hashlib.sha256()
+    metadata = read_metadata(path) or {}
+    for part in _parts_of(os.fspath(path), metadata):
+        with _opened(part) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            header, offsets = _Header(file).whole()
+            digest.update(_U64.pack(n_bytes) + header)
+            for begin, end in itertools.pairwise([*sorted(offsets), n_bytes]):
+                file.seek((begin + end) // 2)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _parts_of(path: str, metadata: Mapping[str, Any]) -> list[str]:
+    """The files of a model, as llama.cpp names them (llama.h, llama_split_path)."""
+    n_parts = metadata.get("split.count")
+    if not isinstance(n_parts, int) or not path.endswith(first := f"-00001-of-{n_parts:05d}.gguf"):
+        return [path]
+    return [f"{path.removesuffix(first)}-{i:05d}-of-{n_parts:05d}.gguf" for i in range(1, n_parts + 1)]
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
+    """The open file; what goes wrong with it becomes a ModelError."""
     shown = os.fspath(path)
     try:
-        with _open_regular(path) as file:
-            return _Header(file).metadata()
+        with open_regular(path) as file:
+            yield file
     except FileNotFoundError as exc:
         raise ModelNotFound(f"Model file not found: {shown}.") from exc
     except _DamagedError as exc:
@@ -226,7 +272,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise ModelLoadError(f"{shown} can't be read: {exc}.") from exc
 
 
-def _open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     """The open file, unless it is a directory, a FIFO, a device: opening or reading those could wait for ever."""
     file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -252,7 +298,7 @@ class _Header:
         if version not in (2, 3):
             swapped = " (a big-endian file)" if version and version & 0xFFFF == 0 else ""
             raise _DamagedError(f"it is of version {version}{swapped}; versions 2 and 3 are known")
-        self._take(_U64.size)  # how many tensors
+        self._n_tensors: int = self._number(_U64)
         n_keys = self._number(_U64)
         if n_keys > _KEYS_LIMIT:
             raise _DamagedError(f"it claims {n_keys} keys")
@@ -263,6 +309,17 @@ class _Header:
                 raise _DamagedError(f"key {key!r} is there twice")
             found[key] = self._value(self._number(_U32))
         return found
+
+    def whole(self) -> tuple[bytes, list[int]]:
+        """Its bytes, and where in the file each tensor begins."""
+        alignment = (self.metadata() or {}).get("general.alignment", 32)
+        offsets = []
+        for _ in range(self._n_tensors):
+            self._string()
+            self._take(_U64.size * self._number(_U32) + _U32.size)  # dimensions and type
+            offsets.append(self._number(_U64))
+        data_at = self._at + -self._at % alignment
+        return bytes(self._data[: self._at]), [data_at + offset for offset in offsets]
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

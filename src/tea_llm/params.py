@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
@@ -67,6 +68,9 @@ class LlmCallParams:
     A sampling field that is not set takes the default of the model or server that answers; None switches it off.
     Names and ranges are llama.cpp's (`llama.h`, `llama_sampler_init_*`).
 
+    `session` names a file in which a local model keeps what it has computed of the text; a later call with it, in any
+    process, computes only what its prompt has beyond that. An API ignores it.
+
     Raises BadRequest for a value outside its range, naming the field.
     """
 
@@ -102,6 +106,7 @@ class LlmCallParams:
     logit_bias: Mapping[int | str, float] | Unset = UNSET
     grammar: str | None = None
     truncate: bool = False
+    session: str | os.PathLike[str] | None = None
     priority: int = _field(-(2**31), 2**31 - 1, "requests of a higher one come first where several wait for a model", 0)
     timeout_s: float | None = _field(0, _LONGEST_WAIT_S, "seconds for the whole call; None: no limit", None)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +147,11 @@ def _is_text_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(type(v) is str for v in value)
 
 
+def _is_path(value: Any) -> bool:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    return isinstance(path, str) and path != "" and "\0" not in path
+
+
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         type(token) in (int, str) and type(bias) in (int, float) and not math.isnan(bias)
@@ -153,6 +163,7 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("model", "a name, or None", lambda v: v is None or isinstance(v, str)),
     ("grammar", "a text in GBNF, or None", lambda v: v is None or isinstance(v, str)),
     ("truncate", "True or False", lambda v: isinstance(v, bool)),
+    ("session", "the path of a file, or None", lambda v: v is None or _is_path(v)),
     ("extra", "a mapping of further API parameters", lambda v: isinstance(v, Mapping)),
     ("dry_sequence_breakers", "a list of str", lambda v: v is None or v is UNSET or _is_text_list(v)),
     ("logit_bias", "a mapping of token ids to numbers", lambda v: v is None or v is UNSET or _is_bias(v)),
@@ -243,7 +254,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class LlmCallResult:
-    """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`."""
+    """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`.
+
+    `session_error` says why the session could not be saved, None if it was or if there is none.
+    """
 
     content: str
     model: str
@@ -254,6 +268,7 @@ class LlmCallResult:
     backend: BackendName | None = None
     fallback_reason: str | None = None
     timings: Timings | None = None
+    session_error: str | None = None
     tool_calls: Sequence[Mapping[str, Any]] = ()
     provider: str | None = None
     attempts: int = 1
