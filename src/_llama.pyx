@@ -1035,7 +1035,10 @@ cdef class Generation:
         text.save = save
         if known is not None:
             known_tokens, self._known_state = known
-            text.known.tokens = context.model._check_tokens(known_tokens)
+            try:
+                text.known.tokens = context.model._check_tokens(known_tokens)
+            except errors.BadRequest as exc:
+                raise errors.SessionError(f"the saved state is not of this model: {exc}") from exc
             text.known.state = self._known_state
             text.known.n_bytes = len(self._known_state)
         self.context = context
@@ -1066,7 +1069,7 @@ cdef class Generation:
             return errors.EngineFault(text.fault.decode("utf-8", "replace"))
         if text.finish.load() == UNFIT:
             return errors.SessionError(
-                f"the saved state can't be used in this context: {text.unfit.decode('utf-8', 'replace')}; delete it")
+                f"the saved state does not fit this context: {text.unfit.decode('utf-8', 'replace')}")
         if text.finish.load() != NO_TOKEN:
             return None
         if self.sampler._constrained:

@@ -63,7 +63,6 @@ class Batch {
         do {
             bool news = texts.empty();
             for (const auto & text : texts) {
-                if (text->finish == RUNNING && !text->unfit.empty()) end(*text, UNFIT, texts);
                 if (text->finish == RUNNING && text->cancelled.load()) end(*text, CANCELLED, texts);
                 if (text->finish == RUNNING && text->n_max == 0) end(*text, LENGTH, texts);
                 news |= text->has_news();
@@ -92,7 +91,7 @@ class Batch {
             for (const auto & text : texts) text->parked = false;
             fill(texts, false);
         }
-        if (shares_.empty()) return false;
+        if (shares_.empty()) return std::any_of(texts.begin(), texts.end(), [](const auto & t) { return t->has_news(); });
         const size_t n_filler = add_filler();
         alone_.store(shares_.size() == 1 ? shares_[0].text : nullptr);
         const int32_t rc = decode();
@@ -126,14 +125,18 @@ class Batch {
         }
         for (const auto & text : texts) {
             if (tokens_.size() >= n_batch_) break;
-            if (text->seq >= 0 ? n_left(*text) > 1 : !text->parked && begin(text, patient)) add(*text);
+            if (text->seq >= 0 ? n_left(*text) > 1 : !text->parked && begin(text, patient, texts)) add(*text);
         }
     }
 
     static size_t n_left(const Text & text) { return text.tokens.size() - text.n_past; }
 
-    bool begin(const std::shared_ptr<Generation> & text, bool patient) {
-        if (!cache_.begin(text, patient)) return false;
+    bool begin(const std::shared_ptr<Generation> & text, bool patient, const Generations & texts) {
+        if (text->finish != RUNNING || !cache_.begin(text, patient)) return false;
+        if (!text->unfit.empty()) {
+            end(*text, UNFIT, texts);
+            return false;
+        }
         if (text->begun_us == 0) {
             text->begun_us = ggml_time_us();
             text->n_cached = text->n_past;

@@ -318,7 +318,7 @@ class Engine:
             try:
                 generation = self._begin(job)
             except Exception as exc:  # noqa: BLE001 - whatever it is belongs to the caller that waits
-                hand_out([(job.ticket, None, exc)])
+                hand_out([(job.ticket, None, _named(exc, job.request))])
                 continue
             self._live[generation] = _Live(job, precedence, time.monotonic() - job.queued_at)
             job.ticket.cancel_by(generation.cancel, begun=True)
@@ -360,7 +360,8 @@ class Engine:
                 events.append((ticket, text, None))
             if generation.ended:
                 live = self._live.pop(generation)
-                events.append((ticket, None, generation.error or _generated(generation, live.queue_s)))
+                error = generation.error and _named(generation.error, live.job.request)
+                events.append((ticket, None, error or _generated(generation, live.queue_s)))
         hand_out(events)
 
     def _text_context(self) -> _llama.Context:
@@ -476,6 +477,12 @@ def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
     )
     usage, state = Usage(generation.n_prompt, n_generated), generation.take_state()
     return Generated(generation.finish_reason or "stop", usage, timings, state and Session(*state))
+
+
+def _named(error: Exception, request: TextRequest) -> Exception:
+    """The error; one of the session says which file it is about."""
+    known = request.known
+    return known.refused(str(error)) if known and isinstance(error, SessionError) else error
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:

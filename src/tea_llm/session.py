@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -38,10 +38,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Session:
-    """The tokens of a text that are computed, and llama.cpp's state of a sequence that holds them."""
+    """The tokens of a text that are computed, and llama.cpp's state of a sequence that holds them.
+
+    `path` is the file it was read from.
+    """
 
     tokens: Sequence[int]
     state: bytes
+    path: str = field(default="", compare=False)
+
+    def refused(self, found: str) -> SessionError:
+        """The error for a session that is intact, and can't be used all the same."""
+        return _refused(self.path, found)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class SessionFile:
         if _checksum(_HEAD.pack(magic, version, n_origin, n_tokens, n_state, b""), origin, tokens, state) != checksum:
             raise self._refused("it is damaged: its checksum is of something else")
         self._check_origin(Origin(**json.loads(origin)))
-        return Session(struct.unpack(f"<{n_tokens}i", tokens), state)
+        return Session(struct.unpack(f"<{n_tokens}i", tokens), state, self.path)
 
     def _check_origin(self, found: Origin) -> None:
         wanted = self.origin
@@ -126,7 +134,11 @@ class SessionFile:
             raise self._refused(f"its layout is ({found.layout}), and here it is ({wanted.layout})")
 
     def _refused(self, found: str) -> SessionError:
-        return SessionError(f"the session {self.path} can't be used: {found}; delete it or name another file")
+        return _refused(self.path, found)
+
+
+def _refused(path: str, found: str) -> SessionError:
+    return SessionError(f"the session {path} can't be used: {found}; delete it or name another file")
 
 
 def _replace(target: Path, parts: Sequence[bytes]) -> None:
