@@ -1,4 +1,4 @@
-"""Tiny models with random weights, of architectures that the shared models don't have."""
+"""Tiny models that the shared ones don't cover: other architectures with random weights, other context lengths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 
-__all__ = ["N_VOCAB", "write_random"]
+__all__ = ["N_VOCAB", "with_trained_context", "write_random"]
 
 N_VOCAB = 259 + 93  # control tokens, bytes and two-letter words
 _N_EMBD, _N_FF, _N_LAYER = 32, 64, 2
+
+
+def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
+    """A copy of a model that says it was trained for `n_ctx` tokens."""
+    data = bytearray(model.read_bytes())
+    key = b"llama.context_length"
+    at = data.index(key) + len(key) + 4  # behind the value's type
+    data[at : at + 4] = n_ctx.to_bytes(4, "little")
+    copy.write_bytes(data)
+    return copy
 
 
 def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16) -> Path:

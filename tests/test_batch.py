@@ -31,7 +31,7 @@ ANSWERS = {
     "Can you help me?": "Of course! I'll do my best to assist you.",
     "Goodbye!": "Goodbye! Have a wonderful day!",
 }
-"""What the chat model has learned by heart, so that no rounding in a sum makes it say another word."""
+"""What the chat model has learned by heart."""
 
 FOX = " quick brown fox jumps over a lazy dog."
 
@@ -42,14 +42,15 @@ def stories(shared_models: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
+def quantised(shared_models: Path) -> Model:
+    """Rounds what its weights are multiplied with to 8 bits, so that the last bit of a sum changes the text soon."""
+    return Model(shared_models / "stories260K-q8_0.gguf")
+
+
+@pytest.fixture(scope="module")
 def scripted(shared_models: Path) -> Model:
     """Says " quick brown fox …" after "The", and " one two three …" for ever after "count"."""
     return Model(shared_models / "scripted-f16.gguf")
-
-
-def exact(model: Model, **options) -> Context:
-    """A context whose sums hardly depend on where in the cache a text lies; so does the engine's for such a model."""
-    return Context(model, flash_attn=False, kv_f32=True, **options)
 
 
 def greedy(context: Context, text: str, **options) -> Generation:
@@ -59,7 +60,7 @@ def greedy(context: Context, text: str, **options) -> Generation:
 
 def alone(model: Model, text: str, max_tokens: int) -> str:
     """What the model says where nobody else is there."""
-    return greedy(exact(model, reuse=False), text, max_tokens=max_tokens).run() or ""
+    return greedy(Context(model, reuse=False), text, max_tokens=max_tokens).run() or ""
 
 
 def together(context: Context, generations: Sequence[Generation]) -> list[str]:
@@ -73,26 +74,38 @@ def together(context: Context, generations: Sequence[Generation]) -> list[str]:
 
 # --- each is what it is alone -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_batch", [7, 512])
-def test_texts_computed_together_are_what_each_is_alone(stories, n_batch):
-    context = exact(stories, n_ctx=4096, n_batch=n_batch, n_seq_max=16)
+@pytest.mark.parametrize("name", ["stories", "quantised"])
+def test_texts_computed_together_are_what_each_is_alone(request, name, n_batch):
+    model = request.getfixturevalue(name)
+    context = Context(model, n_ctx=4096, n_batch=n_batch, n_seq_max=16)
     generations = [greedy(context, prompt, max_tokens=40) for prompt in PROMPTS]
-    assert together(context, generations) == [alone(stories, prompt, 40) for prompt in PROMPTS]
+    assert together(context, generations) == [alone(model, prompt, 40) for prompt in PROMPTS]
     assert all(generation.n_generated for generation in generations)
 
 
-@pytest.mark.parametrize("n_batch", [7, 512])
-def test_answers_computed_together_are_each_its_questions(shared_models, n_batch):
-    model = Model(shared_models / "stories260K-chat-q8_0.gguf")
-    context = Context(model, n_ctx=2048, n_batch=n_batch, n_seq_max=len(ANSWERS))
-    prompts = [model.render_chat([{"role": "user", "content": question}]) for question in ANSWERS]
-    tokens = [model.tokenize(prompt, parse_special=True) for prompt in prompts]
-    generations = [Generation(context, Sampler(model, temperature=0), prompt, max_tokens=60) for prompt in tokens]
-    assert together(context, generations) == list(ANSWERS.values())
-    assert {generation.finish_reason for generation in generations} == {"stop"}
+@pytest.mark.xfail(
+    strict=True,
+    reason="llama.cpp puts a text's next tokens into cells that others have left, before its own first ones; attention "
+    "sums in the order of the cells, and the last bit of a sum grows where weights are quantised",
+)
+@pytest.mark.parametrize("n_before", [20, 150])
+def test_a_text_is_what_it_is_alone_when_those_before_it_end(quantised, n_before):
+    prompt = "Mom said A Lily and Ben"  # two of its words are about as likely
+    context = Context(quantised, n_ctx=1024, n_seq_max=2, reuse=False)
+    prompt_before = [1, *(300 + n % 100 for n in range(n_before))]
+    before = Generation(context, Sampler(quantised, temperature=0), prompt_before, stream=True)
+    before.run(stream=True)
+    text = greedy(context, prompt, max_tokens=38, stream=True)
+    said = ""
+    while text.n_generated < 5:
+        said += dict(context.run([before, text])).get(text, "")
+    before.cancel()
+    context.run([before])
+    assert said + together(context, [text])[0] == alone(quantised, prompt, 38)
 
 
 def test_texts_join_and_leave_a_running_batch(stories):
-    context = exact(stories, n_ctx=2048, n_seq_max=4)
+    context = Context(stories, n_ctx=2048, n_seq_max=4)
     waiting = [(prompt, n) for prompt, n in zip(PROMPTS, [5, 30, 12, 40, 3, 25, 60, 1] * 2, strict=True)]
     running: dict[Generation, tuple[str, int]] = {}
     texts: dict[tuple[str, int], str] = {}
@@ -156,7 +169,7 @@ def test_a_long_prompt_does_not_hold_up_the_texts_of_others(scripted):
 
 def test_prompts_are_read_in_the_order_given(stories):
     def first_to_speak(order: Sequence[int]) -> int:
-        context = exact(stories, n_ctx=2048, n_batch=32, n_seq_max=3, reuse=False)
+        context = Context(stories, n_ctx=2048, n_batch=32, n_seq_max=3, reuse=False)
         generations = [
             Generation(context, Sampler(stories, temperature=0), [1, *[300 + n] * 200], max_tokens=1) for n in range(3)
         ]
@@ -197,7 +210,7 @@ def test_run_with_nothing_to_compute_returns_at_once(scripted):
 
 # --- cancelled --------------------------------------------------------------------------------------------------------
 def test_a_prompt_that_is_cancelled_beside_others_is_read_no_further(stories):
-    context = exact(stories, n_ctx=8192, n_batch=32, n_seq_max=2)
+    context = Context(stories, n_ctx=8192, n_batch=32, n_seq_max=2)
     other = greedy(context, "Once upon a time", max_tokens=60, stream=True)
     text = context.run([other])[0][1]
     long = Generation(context, Sampler(stories, temperature=0), [1, *[300] * 5000])
@@ -245,7 +258,7 @@ def test_a_text_that_nobody_holds_any_more_gives_its_sequence_back(scripted):
 
 # --- room -------------------------------------------------------------------------------------------------------------
 def test_texts_longer_than_the_cache_together_wait_for_each_other_and_are_all_right(stories):
-    context = exact(stories, n_ctx=256, n_seq_max=8)
+    context = Context(stories, n_ctx=256, n_seq_max=8)
     generations = [greedy(context, prompt, max_tokens=100) for prompt in PROMPTS[:8]]
     assert sum(generation.n_prompt + 100 for generation in generations) > 3 * context.n_ctx
     assert together(context, generations) == [alone(stories, prompt, 100) for prompt in PROMPTS[:8]]
@@ -253,14 +266,14 @@ def test_texts_longer_than_the_cache_together_wait_for_each_other_and_are_all_ri
 
 @pytest.mark.parametrize("n_host_max", [0, 1 << 20, 1 << 30])
 def test_prompts_longer_than_the_cache_together_are_all_read(stories, n_host_max):
-    context = exact(stories, n_ctx=256, n_batch=64, n_seq_max=8, n_host_max=n_host_max)
+    context = Context(stories, n_ctx=256, n_batch=64, n_seq_max=8, n_host_max=n_host_max)
     words = stories.tokenize("Once upon a time there was a little dog. " * 20)
     prompts = [[*words[:n], *stories.tokenize(PROMPTS[n % 16], add_special=False)] for n in range(100, 148, 6)]
 
     def ask(context: Context, prompt: list[int]) -> Generation:
         return Generation(context, Sampler(stories, temperature=0), prompt, max_tokens=60)
 
-    expected = [ask(exact(stories, reuse=False), prompt).run() for prompt in prompts]
+    expected = [ask(Context(stories, reuse=False), prompt).run() for prompt in prompts]
     for _ in range(2):
         assert together(context, [ask(context, prompt) for prompt in prompts]) == expected
 

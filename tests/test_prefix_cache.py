@@ -33,11 +33,6 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(write_random("mamba", tmp_path_factory.mktemp("recurrent") / "recurrent.gguf"))
 
 
-def exact(model: Model, **options) -> Context:
-    """A context whose sums hardly depend on where in the cache a text lies; so does the engine's for such a model."""
-    return Context(model, flash_attn=False, kv_f32=True, **options)
-
-
 def generation(context: Context, prompt: Sequence[int] | str, max_tokens: int = 8, **options) -> Generation:
     model = context.model
     tokens = model.tokenize(prompt) if isinstance(prompt, str) else prompt
@@ -48,7 +43,7 @@ def cached(context: Context, prompt: Sequence[int] | str, max_tokens: int = 8) -
     """Tokens of the prompt that were found; the text is what it is without reuse."""
     asked = generation(context, prompt, max_tokens)
     text = asked.run()
-    assert text == generation(exact(context.model, n_ctx=context.n_ctx, reuse=False), prompt, max_tokens).run()
+    assert text == generation(Context(context.model, n_ctx=context.n_ctx, reuse=False), prompt, max_tokens).run()
     return asked.n_cached
 
 
@@ -59,14 +54,14 @@ def some_tokens(seed: int, n: int, n_vocab: int = 500) -> list[int]:
 
 # --- found again ------------------------------------------------------------------------------------------------------
 def test_a_prompt_asked_twice_is_computed_once_but_for_its_last_token(stories):
-    context = exact(stories, n_seq_max=2)
+    context = Context(stories, n_seq_max=2)
     assert cached(context, SYSTEM) == 0
     n_prompt = len(stories.tokenize(SYSTEM))
     assert [cached(context, SYSTEM) for _ in range(3)] == [n_prompt - 1] * 3
 
 
 def test_a_shared_beginning_is_found_up_to_where_the_prompts_differ(stories):
-    context = exact(stories, n_seq_max=2)
+    context = Context(stories, n_seq_max=2)
     begin = [1, *some_tokens(0, 50)]
     assert cached(context, [*begin, 300, 301]) == 0
     assert cached(context, [*begin, 400, 401]) == len(begin)
@@ -76,7 +71,7 @@ def test_a_shared_beginning_is_found_up_to_where_the_prompts_differ(stories):
 
 def test_a_conversation_is_computed_from_its_last_answer_on(shared_models):
     model = Model(shared_models / "stories260K-chat-q8_0.gguf")
-    context = exact(model, n_seq_max=2)
+    context = Context(model, n_seq_max=2)
     messages = [{"role": "user", "content": "Hello!"}]
     known = 0
     for answer in ("Tell me a story.", "Who are you?", "Thank you!"):
@@ -92,7 +87,7 @@ def test_a_conversation_is_computed_from_its_last_answer_on(shared_models):
 
 
 def test_a_beginning_that_many_share_is_computed_once_for_all_of_them(stories):
-    context = exact(stories, n_ctx=2048, n_batch=32, n_seq_max=8)
+    context = Context(stories, n_ctx=2048, n_batch=32, n_seq_max=8)
     begin = [1, *some_tokens(1, 120)]
     prompts = [[*begin, *some_tokens(n, 10)] for n in range(10, 18)]
     generations = [generation(context, prompt, 12) for prompt in prompts]
@@ -101,12 +96,12 @@ def test_a_beginning_that_many_share_is_computed_once_for_all_of_them(stories):
         for g, text in context.run(running):
             texts[g] += text
     assert sum(g.n_prompt - g.n_cached for g in generations) == len(begin) + 8 * 10
-    expected = [generation(exact(stories, reuse=False), prompt, 12).run() for prompt in prompts]
+    expected = [generation(Context(stories, reuse=False), prompt, 12).run() for prompt in prompts]
     assert [texts[g] for g in generations] == expected
 
 
 def test_a_text_that_still_runs_shares_its_beginning(stories):
-    context = exact(stories, n_ctx=1024, n_seq_max=2)
+    context = Context(stories, n_ctx=1024, n_seq_max=2)
     begin = [1, *some_tokens(2, 60)]
     running = generation(context, [*begin, 300], 200)
     running.run(stream=True)
@@ -116,11 +111,11 @@ def test_a_text_that_still_runs_shares_its_beginning(stories):
         for g, text in context.run([running, second]):
             texts[g] += text
     assert second.n_cached == len(begin)
-    assert texts[second] == generation(exact(stories, reuse=False), [*begin, 301], 8).run()
+    assert texts[second] == generation(Context(stories, reuse=False), [*begin, 301], 8).run()
 
 
 def test_what_a_cancelled_text_computed_is_found(stories):
-    context = exact(stories, n_batch=32)
+    context = Context(stories, n_batch=32)
     prompt = [1, *some_tokens(3, 200)]
     first = generation(context, prompt)
     for _ in range(3):
@@ -132,7 +127,7 @@ def test_what_a_cancelled_text_computed_is_found(stories):
 
 
 def test_a_text_of_a_few_tokens_is_not_kept(stories):
-    context = exact(stories, n_seq_max=4)
+    context = Context(stories, n_seq_max=4)
     assert cached(context, [1, 300, 301], 4) == 0
     assert context.n_kept == 0
     assert cached(context, [1, 300, 301], 20) == 0
@@ -140,7 +135,7 @@ def test_a_text_of_a_few_tokens_is_not_kept(stories):
 
 
 def test_without_reuse_nothing_is_kept(stories):
-    context = exact(stories, n_seq_max=4, n_host_max=1 << 20, reuse=False)
+    context = Context(stories, n_seq_max=4, n_host_max=1 << 20, reuse=False)
     assert [cached(context, SYSTEM) for _ in range(2)] == [0, 0]
     assert (context.n_kept, context.n_host_bytes) == (0, 0)
 
@@ -159,8 +154,8 @@ def test_without_reuse_nothing_is_kept(stories):
 )
 def test_texts_with_and_without_reuse_are_the_same(stories, options):
     options = {"n_ctx": 1024, "n_seq_max": 4, "n_batch": 32} | options
-    plain = exact(stories, n_ctx=options["n_ctx"], reuse=False)
-    context = exact(stories, **options)
+    plain = Context(stories, n_ctx=options["n_ctx"], reuse=False)
+    context = Context(stories, **options)
     draw = random.Random(0)
     begins = [[1, *some_tokens(n, 30 + 10 * n)] for n in range(5)]
     running: dict[Generation, list[int]] = {}
@@ -188,7 +183,7 @@ A, B, C, D = (some_tokens(n, 101) for n in range(20, 24))
 
 
 def test_of_kept_texts_the_least_recently_used_goes_first(stories):
-    context = exact(stories, n_seq_max=8, n_kept_max=350)
+    context = Context(stories, n_seq_max=8, n_kept_max=350)
     for prompt in (A, B, C):
         assert cached(context, prompt) == 0
     assert context.n_kept == 3
@@ -200,13 +195,13 @@ def test_of_kept_texts_the_least_recently_used_goes_first(stories):
 
 
 def test_a_text_longer_than_what_may_be_kept_is_still_the_last_one(stories):
-    context = exact(stories, n_seq_max=8, n_kept_max=50)
+    context = Context(stories, n_seq_max=8, n_kept_max=50)
     assert [cached(context, prompt) for prompt in (A, A, B, A)] == [0, 100, 0, 0]
     assert context.n_kept == 1
 
 
 def test_kept_texts_give_way_to_those_that_run(stories):
-    context = exact(stories, n_ctx=256, n_seq_max=8)
+    context = Context(stories, n_ctx=256, n_seq_max=8)
     for prompt in (A, B):
         assert cached(context, prompt) == 0
     assert cached(context, some_tokens(30, 201), 40) == 0
@@ -215,13 +210,13 @@ def test_kept_texts_give_way_to_those_that_run(stories):
 
 
 def test_with_one_sequence_the_kept_text_gives_way_to_the_next(stories):
-    context = exact(stories, n_seq_max=1)
+    context = Context(stories, n_seq_max=1)
     assert [cached(context, prompt) for prompt in (A, A, B, B, A)] == [0, 100, 0, 100, 0]
 
 
 # --- host memory ------------------------------------------------------------------------------------------------------
 def test_what_leaves_the_cache_comes_back_from_host_memory(stories):
-    context = exact(stories, n_ctx=1024, n_seq_max=4, n_kept_max=120, n_host_max=1 << 24)
+    context = Context(stories, n_ctx=1024, n_seq_max=4, n_kept_max=120, n_host_max=1 << 24)
     long = some_tokens(40, 301)
     assert cached(context, long) == 0
     assert context.n_host_bytes == 0
@@ -232,7 +227,7 @@ def test_what_leaves_the_cache_comes_back_from_host_memory(stories):
 
 
 def test_unrelated_texts_in_between_push_nothing_out_of_host_memory(stories):
-    context = exact(stories, n_ctx=512, n_seq_max=2, n_host_max=1 << 26)
+    context = Context(stories, n_ctx=512, n_seq_max=2, n_host_max=1 << 26)
     long = some_tokens(41, 401)
     assert cached(context, long) == 0
     for n in range(12):
@@ -241,7 +236,7 @@ def test_unrelated_texts_in_between_push_nothing_out_of_host_memory(stories):
 
 
 def test_without_host_memory_what_leaves_the_cache_is_gone(stories):
-    context = exact(stories, n_ctx=1024, n_seq_max=4, n_kept_max=120)
+    context = Context(stories, n_ctx=1024, n_seq_max=4, n_kept_max=120)
     long = some_tokens(40, 301)
     assert [cached(context, prompt) for prompt in (long, A, long)] == [0, 0, 0]
     assert context.n_host_bytes == 0
@@ -249,7 +244,7 @@ def test_without_host_memory_what_leaves_the_cache_is_gone(stories):
 
 def test_host_memory_holds_no_more_than_it_may(stories):
     n_host_max = 400_000
-    context = exact(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=n_host_max)
+    context = Context(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=n_host_max)
     prompts = [some_tokens(60 + n, 151) for n in range(12)]
     most = 0
     for prompt in prompts:
@@ -262,13 +257,13 @@ def test_host_memory_holds_no_more_than_it_may(stories):
 
 
 def test_a_text_too_large_for_host_memory_is_forgotten(stories):
-    context = exact(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=1000)
+    context = Context(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=1000)
     assert [cached(context, prompt) for prompt in (A, B, A)] == [0, 0, 0]
     assert context.n_host_bytes == 0
 
 
 def test_a_short_text_is_computed_sooner_than_fetched_from_host_memory(stories):
-    context = exact(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=1 << 24)
+    context = Context(stories, n_ctx=1024, n_seq_max=4, n_kept_max=10, n_host_max=1 << 24)
     assert [cached(context, prompt) for prompt in (A, B, A)] == [0, 0, 0]
     assert context.n_host_bytes > 0
 
@@ -287,7 +282,7 @@ def test_a_plain_transformer_shares_prefixes(stories):
 
 
 def test_a_beginning_that_can_not_be_shared_is_computed_again(whole):
-    context = exact(whole, n_ctx=1024, n_seq_max=4)
+    context = Context(whole, n_ctx=1024, n_seq_max=4)
     begin = some_tokens(5, 60, N_VOCAB)
     assert cached(context, [*begin, 300, 301]) == 0
     assert cached(context, [*begin, 302, 303]) == 0
@@ -295,7 +290,7 @@ def test_a_beginning_that_can_not_be_shared_is_computed_again(whole):
 
 
 def test_a_text_that_goes_on_is_found_where_a_beginning_is_not(whole):
-    context = exact(whole, n_ctx=1024, n_seq_max=4)
+    context = Context(whole, n_ctx=1024, n_seq_max=4)
     begin = some_tokens(6, 60, N_VOCAB)
     always_300 = Sampler(whole, temperature=0, logit_bias={300: 1e6})
     assert Generation(context, always_300, begin, max_tokens=8).run() == whole.detokenize([300] * 8)
@@ -305,7 +300,7 @@ def test_a_text_that_goes_on_is_found_where_a_beginning_is_not(whole):
 
 
 def test_many_texts_of_a_model_that_can_not_share_are_what_each_is_alone(whole):
-    context = exact(whole, n_ctx=1024, n_batch=32, n_seq_max=6)
+    context = Context(whole, n_ctx=1024, n_batch=32, n_seq_max=6)
     begin = some_tokens(7, 40, N_VOCAB)
     prompts = [[*begin[: 8 * n], *some_tokens(n, 10, N_VOCAB)] for n in range(6)] * 2
     generations = [generation(context, prompt, 30) for prompt in prompts]
@@ -313,5 +308,5 @@ def test_many_texts_of_a_model_that_can_not_share_are_what_each_is_alone(whole):
     while running := [g for g in generations if not g.ended]:
         for g, text in context.run(running):
             texts[g] += text
-    expected = [generation(exact(whole, n_ctx=1024, reuse=False), prompt, 30).run() for prompt in prompts]
+    expected = [generation(Context(whole, n_ctx=1024, reuse=False), prompt, 30).run() for prompt in prompts]
     assert [texts[g] or None for g in generations] == expected
