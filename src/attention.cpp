@@ -62,8 +62,8 @@ struct Attention {
             return t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float != nullptr;
         };
         return mask != nullptr && mask->type == GGML_TYPE_F16 && max_bias == 0.0f && q->type == GGML_TYPE_F32 &&
-               q->nb[0] == sizeof(float) && v->ne[2] == n_groups && mask->ne[2] == 1 && group <= ROWS &&
-               converts(k) && converts(v);
+               q->nb[0] == sizeof(float) && k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type) &&
+               v->ne[2] == n_groups && mask->ne[2] == 1 && group <= ROWS && converts(k) && converts(v);
     }
 
     const uint16_t * mask_of(int64_t token, int64_t stream) const {
@@ -72,10 +72,11 @@ struct Attention {
     }
 };
 
-// The cells that a token sees, in their order.
-void list_cells(const uint16_t * mask, int64_t n, std::vector<int32_t> & out) {
+// The cells that a token sees, in their order. True if the mask says more of them than that they are seen.
+bool list_cells(const uint16_t * mask, int64_t n, std::vector<int32_t> & out) {
     out.resize(n + BLOCK);
     int32_t * at = out.data();
+    uint16_t bias = 0;
     for (int64_t from = 0; from < n; from += BLOCK) {
         const int64_t to = std::min(from + BLOCK, n);
         uint16_t any = 0;
@@ -84,9 +85,11 @@ void list_cells(const uint16_t * mask, int64_t n, std::vector<int32_t> & out) {
         for (int64_t i = from; i < to; ++i) {
             *at = static_cast<int32_t>(i);
             at += mask[i] != HIDDEN;
+            bias |= mask[i] != HIDDEN ? mask[i] : 0;
         }
     }
     out.resize(at - out.data());
+    return bias != 0;
 }
 
 // Tokens that follow each other in one text: each sees what the one before it saw, and more.
@@ -94,6 +97,7 @@ struct Tile {
     int64_t stream, first, n;
     std::vector<int32_t> cells;   // of the last token
     std::vector<int64_t> n_seen;  // of them, by each token
+    bool biased;                  // whether the mask holds numbers to be added
 };
 
 // The tile that begins with `first`; at most `n_max` tokens.
@@ -101,11 +105,12 @@ void find_tile(const Attention & a, int64_t stream, int64_t first, int64_t n_max
     tile.stream = stream;
     tile.first = first;
     tile.n = 1;
-    list_cells(a.mask_of(first, stream), a.n_cells, tile.cells);
+    tile.biased = list_cells(a.mask_of(first, stream), a.n_cells, tile.cells);
     tile.n_seen.assign(1, static_cast<int64_t>(tile.cells.size()));
     for (; tile.n < n_max && first + tile.n < a.n_tokens; ++tile.n) {
-        list_cells(a.mask_of(first + tile.n, stream), a.n_cells, next);
+        const bool biased = list_cells(a.mask_of(first + tile.n, stream), a.n_cells, next);
         if (next.size() < tile.cells.size() || !std::equal(tile.cells.begin(), tile.cells.end(), next.begin())) return;
+        tile.biased |= biased;
         tile.cells.swap(next);
         tile.n_seen.push_back(static_cast<int64_t>(tile.cells.size()));
     }
@@ -230,6 +235,10 @@ void compute_span(const Attention & a, const Tile & tile, int64_t key_head, int6
             for (int64_t j = 0; j < BLOCK; ++j) w[j] *= a.scale;
             if (a.softcap != 0.0f) {
                 for (int64_t j = 0; j < BLOCK; ++j) w[j] = a.softcap * tanhf(w[j]);
+            }
+            if (tile.biased) {
+                const uint16_t * mask = a.mask_of(tile.first + r / a.group, tile.stream);
+                for (int64_t j = 0; j < n_seen; ++j) w[j] += GGML_CPU_FP16_TO_FP32(mask[tile.cells[from + j]]);
             }
             std::fill(w + n_seen, w + BLOCK, -INFINITY);
             float top = s.span.max[r];
