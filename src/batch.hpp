@@ -1,5 +1,6 @@
 // Many texts, one batch: at each step every text that is past its prompt gets its next token, and what is left of the
-// batch goes to the prompts, one after the other, so that neither holds up the other. Texts join and leave between steps.
+// batch goes to the prompts, one after the other, so that neither holds up the other. Short prompts go first, for a
+// second at most. Texts join and leave between steps.
 #pragma once
 
 #include <algorithm>
@@ -79,6 +80,9 @@ class Batch {
     const PrefixCache & cache() const { return cache_; }
 
   private:
+    static constexpr size_t short_prompt = 4;                  // batches that a short prompt fills
+    static constexpr int64_t longest_silence_us = 1'000'000;   // that texts past their prompt keep for short prompts
+
     struct Share {  // of one text in the batch: rows up to `end`, the last of them with logits if the prompt is read
         Generation * text;
         size_t n_rows, end;
@@ -120,13 +124,31 @@ class Batch {
         positions_.clear();
         sequences_.clear();
         outputs_.clear();
+        next_.clear();
         for (const auto & text : texts) {
-            if (text->seq >= 0 && n_left(*text) == 1) add(*text);
+            if (text->seq >= 0 && n_left(*text) == 1) next_.push_back(text.get());
         }
+        const bool prompts_first = has_short_prompt(texts) && ggml_time_us() - told_us_ < longest_silence_us;
+        if (!prompts_first) add_next_tokens();
         for (const auto & text : texts) {
-            if (tokens_.size() >= n_batch_) break;
+            if (tokens_.size() >= n_batch_) return;
             if (text->seq >= 0 ? n_left(*text) > 1 : !text->parked && begin(text, patient, texts)) add(*text);
         }
+        if (prompts_first) add_next_tokens();
+    }
+
+    void add_next_tokens() {
+        for (Generation * text : next_) add(*text);
+        told_us_ = ggml_time_us();
+    }
+
+    // Whether the prompt that is next will soon be read. Then it is read alone: its first token comes earlier, and once
+    // more texts take part, each gets its tokens cheaper.
+    bool has_short_prompt(const Generations & texts) const {
+        for (const auto & text : texts) {
+            if (text->seq >= 0 ? n_left(*text) > 1 : !text->parked) return n_left(*text) <= short_prompt * n_batch_;
+        }
+        return false;
     }
 
     static size_t n_left(const Text & text) { return text.tokens.size() - text.n_past; }
@@ -255,10 +277,12 @@ class Batch {
     bool whole_;
     llama_seq_id filler_;  // -1: none
     PrefixCache cache_;
+    int64_t told_us_ = 0;  // when the texts past their prompt had their last turn
     std::atomic<bool> woken_{false};
     std::atomic<Generation *> alone_{nullptr};  // the only text of the batch that is computed now
 
     std::vector<Share> shares_;
+    std::vector<Generation *> next_;  // texts past their prompt
     std::vector<llama_token> tokens_;
     std::vector<llama_pos> positions_;
     std::vector<int32_t> one_each_;
