@@ -32,6 +32,7 @@ def test_every_adapter_of_the_race_is_a_program() -> None:
 @pytest.fixture
 def endless_model(shared_models: Path, tmp_path: Path) -> Path:
     """The smallest model, so changed that it generates as many tokens as it is asked for."""
+    pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
     source, target = shared_models / "stories260K-f32.gguf", tmp_path / "endless.gguf"
     code = "import sys, pathlib, make_model; make_model.endless_copy(*map(pathlib.Path, sys.argv[1:]), 4096)"
     subprocess.run([sys.executable, "-c", code, source, target], cwd=BENCH, check=True)
