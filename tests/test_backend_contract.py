@@ -33,6 +33,8 @@ from tea_llm import (
     ModelLoadError,
     ModelNotFound,
     SettingsError,
+    StreamError,
+    TextStream,
     create_llm_backend,
 )
 from tea_llm.backend import RequestBackend
@@ -165,11 +167,27 @@ def any_backend(request: pytest.FixtureRequest, chat_model: Path, llama_server: 
         yield backend
 
 
+def _read(stream: TextStream, chunks: list[str]) -> LlmCallResult:
+    for chunk in stream:
+        chunks.append(chunk)
+    return stream.result
+
+
+async def _aread(stream: TextStream, chunks: list[str]) -> LlmCallResult:
+    async for chunk in stream:
+        chunks.append(chunk)
+    return stream.result
+
+
 WAYS: dict[str, Callable[[LlmBackend, list[str]], LlmCallResult]] = {
     "call": lambda b, chunks: b.call(HELLO_PARAMS),
     "chat": lambda b, chunks: b.chat(HELLO, **GREEDY),
     "stream": lambda b, chunks: b.stream(HELLO_PARAMS, chunks.append),
     "stream_chat": lambda b, chunks: b.stream_chat(HELLO, chunks.append, **GREEDY),
+    "stream, for": lambda b, chunks: _read(b.stream(HELLO_PARAMS), chunks),
+    "stream_chat, for": lambda b, chunks: _read(b.stream_chat(HELLO, **GREEDY), chunks),
+    "stream, async for": lambda b, chunks: asyncio.run(_aread(b.stream(HELLO_PARAMS), chunks)),
+    "stream_chat, async for": lambda b, chunks: asyncio.run(_aread(b.stream_chat(HELLO, **GREEDY), chunks)),
     "acall": lambda b, chunks: asyncio.run(b.acall(HELLO_PARAMS)),
     "achat": lambda b, chunks: asyncio.run(b.achat(HELLO, **GREEDY)),
     "astream": lambda b, chunks: asyncio.run(b.astream(HELLO_PARAMS, chunks.append)),
@@ -254,6 +272,51 @@ def test_a_stop_string_is_in_no_text_and_no_chunk(backend, stream_with, stop, ex
     streamed = stream_with(backend, params, chunks.append)
     assert "".join(chunks) == streamed.content == backend.call(params).content == expected
     assert streamed.finish_reason == "stop"
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+def test_a_stream_hands_out_what_a_callback_gets(any_backend):
+    chunks: list[str] = []
+    called = any_backend.stream(HELLO_PARAMS, chunks.append)
+    with any_backend.stream(HELLO_PARAMS) as stream:
+        assert list(stream) == chunks
+    assert (stream.result.content, stream.result.finish_reason) == (called.content, "stop")
+    assert (stream.result.backend, stream.result.usage) == (called.backend, called.usage)
+
+
+def test_a_stream_may_be_left_and_the_backend_goes_on(any_backend):
+    async def first_chunk() -> str:
+        async with any_backend.stream(HELLO_PARAMS) as stream:
+            async for chunk in stream:
+                return chunk
+        raise AssertionError
+
+    for chunk in (stream := any_backend.stream(HELLO_PARAMS)):
+        assert GREETING.startswith(chunk)
+        break
+    with pytest.raises(StreamError, match="left early"):
+        stream.result  # noqa: B018
+    assert GREETING.startswith(asyncio.run(first_chunk()))
+    assert any_backend.chat(HELLO, **GREEDY).content == GREETING
+
+
+def test_a_stream_that_is_cancelled_has_the_text_so_far(any_backend):
+    chunks: list[str] = []
+    for chunk in (stream := any_backend.stream_chat(HELLO, **GREEDY)):
+        chunks.append(chunk)
+        if len(chunks) == 2:
+            stream.cancel()
+    assert len(chunks) == 2
+    assert (stream.result.content, stream.result.finish_reason) == ("".join(chunks), "cancelled")
+
+
+def test_a_stream_is_read_once(any_backend):
+    stream = any_backend.stream(HELLO_PARAMS)
+    assert stream.read().content == GREETING
+    with pytest.raises(StreamError, match="ask again for another"):
+        stream.read()
+    with pytest.raises(StreamError, match="ask again for another"):
+        asyncio.run(stream.aread())
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
@@ -617,7 +680,7 @@ AT_ONCE = 'root ::= "a"'
 AFTER_A = 'root ::= "a" "b"'
 
 
-@pytest.mark.parametrize("way", ["call", "stream", "acall", "astream"])
+@pytest.mark.parametrize("way", ["call", "stream", "for stream", "acall", "astream"])
 def test_a_fault_before_the_first_token_is_answered_by_the_api_with_the_reason(pooled, server, chat_model, caplog, way):
     server.replies = (
         [stream(sse(delta("From "), delta("the API.", "stop")))] if "stream" in way else [chat("From the API.")]
@@ -628,6 +691,7 @@ def test_a_fault_before_the_first_token_is_answered_by_the_api_with_the_reason(p
     asks = {
         "call": lambda: backend.call(params),
         "stream": lambda: backend.stream(params, chunks.append),
+        "for stream": lambda: _read(backend.stream(params), chunks),
         "acall": lambda: asyncio.run(backend.acall(params)),
         "astream": lambda: asyncio.run(backend.astream(params, chunks.append)),
     }

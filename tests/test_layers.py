@@ -22,7 +22,9 @@ FLOORS = (
     ("settings",),
     ("chat", "models", "template"),
     ("_llama",),
-    ("session", "sizing", "ticket"),
+    ("blocking", "session", "sizing"),
+    ("ticket",),
+    ("stream",),
     ("engine",),
     ("registry",),
     ("backend",),  # the seam: what a backend is. It opens `local` and `api`, which stand on it, by LATE below

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
         OutOfMemory,
         SessionError,
         SettingsError,
+        StreamError,
         WorkflowError,
     )
     from .local import LocalLlmBackend
     from .models import get_model_info, resolve_model_path
     from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Timings, Usage
+    from .stream import TextStream
     from .workflow import run_workflow
 
 _ROOMS = {
@@ -53,11 +55,12 @@ _ROOMS = {
         "ApiConnectionError", "ApiError", "ApiResponseError", "ApiStatusError", "ApiTimeout", "BadRequest", "Cancelled",
         "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed", "EngineError", "EngineFault",
         "ExtensionMissing", "FallbackError", "GrammarError", "LlmError", "ModelError", "ModelLoadError",
-        "ModelNotFound", "OutOfMemory", "SessionError", "SettingsError", "WorkflowError",
+        "ModelNotFound", "OutOfMemory", "SessionError", "SettingsError", "StreamError", "WorkflowError",
     ),
     "local": ("LocalLlmBackend",),
     "models": ("get_model_info", "resolve_model_path"),
     "params": ("LlmCallParams", "LlmCallResult", "LlmEmbedResult", "Timings", "Usage"),
+    "stream": ("TextStream",),
     "workflow": ("run_workflow",),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -67,7 +70,8 @@ __all__ = [
     "BackendPool", "BadRequest", "Cancelled", "ContextOverflow", "DeadlineExceeded", "EngineBusy", "EngineClosed",
     "EngineError", "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError", "LlmBackend", "LlmCallParams",
     "LlmCallResult", "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError", "ModelLoadError", "ModelNotFound",
-    "OutOfMemory", "SessionError", "SettingsError", "Timings", "Usage", "WorkflowError", "__tea_actions__",
+    "OutOfMemory", "SessionError", "SettingsError", "StreamError", "TextStream", "Timings", "Usage", "WorkflowError",
+    "__tea_actions__",
     "create_llm_backend", "format_chat_prompt", "get_model_info", "register_actions", "resolve_model_path",
     "run_workflow",
 ]  # fmt: skip

@@ -42,8 +42,9 @@ from .api_format import (
     usage_of,
     vectors_of,
 )
-from .api_io import HTTPX_ERRORS, Clients, Io, error_class, run_blocking
-from .backend import RequestBackend, check_plain, check_request, checked_texts, sentence
+from .api_io import HTTPX_ERRORS, Clients, Io, break_off, error_class
+from .backend import RequestBackend, checked_texts, sentence
+from .blocking import run_blocking
 from .errors import (
     ApiConnectionError,
     ApiError,
@@ -57,8 +58,9 @@ from .errors import (
     LlmError,
     SettingsError,
 )
-from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Usage
+from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Usage
 from .settings import ApiEndpoint, LlmSettings, missing_credentials, resolve_api
+from .stream import Pieces, TextStream
 
 __all__ = ["ApiLlmBackend"]
 
@@ -72,13 +74,11 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Effort:
-    """What it takes to get one answer: requests sent, seconds waited between them, what became of the text."""
+    """What it takes to get one answer: requests sent, seconds waited between them."""
 
     attempts: int = 0
     total_delay_s: float = 0.0
     retry_after_s: float | None = None
-    handed_out: bool = False
-    callback_error: LlmError | None = None  # the caller's own, not the API's
 
 
 class _Asking:
@@ -100,10 +100,7 @@ class _Asking:
         return Request(method, url, headers_of(self.endpoint), body)
 
     async def ask(self, request: Request, read: Callable[[httpx.Response], Awaitable[_T]]) -> _T:
-        """What `read` makes of the response, after as many attempts as patience allows.
-
-        Once text was handed out nothing is tried again: the caller would see it twice.
-        """
+        """What `read` makes of the response, after as many attempts as patience allows."""
         patience, effort = self._patience, self._effort
         exponential = tenacity.wait_exponential(multiplier=patience.base_delay, max=patience.max_delay)
 
@@ -132,11 +129,7 @@ class _Asking:
             sleep=pause,
             reraise=True,
         )
-        try:
-            return await retrying(self._attempt, request, read)
-        except ApiError as error:
-            error.attempts, error.total_delay_s = effort.attempts, effort.total_delay_s
-            raise
+        return await retrying(self._attempt, request, read)
 
     async def reply(self, request: Request, response: httpx.Response) -> Mapping[str, Any]:
         """The reply as an object. Raises ApiResponseError when it isn't one, or is an error."""
@@ -154,29 +147,42 @@ class _Asking:
             answer.feed(reply)
         return answer.result()
 
-    async def streamed(
-        self, request: Request, response: httpx.Response, model: str, on_chunk: ChunkCallback
-    ) -> LlmCallResult:
-        """The answer that comes as events, each chunk handed out; a server that doesn't stream gives a single one."""
+    async def answer(self, request: Request, model: str, stream: TextStream) -> Pieces:
+        """The answer for `stream`. What fails after the first piece isn't tried again: it would be seen twice."""
+
+        async def begun(response: httpx.Response) -> tuple[str | LlmCallResult, Pieces]:
+            pieces = self._pieces(request, response, model, stream)
+            return await anext(pieces), pieces
+
+        first, rest = await self.ask(request, begun)
+        async with aclosing(rest):
+            yield first
+            async for piece in rest:
+                yield piece
+
+    async def _pieces(self, request: Request, response: httpx.Response, model: str, stream: TextStream) -> Pieces:
+        """The answer that comes as events; a server that doesn't stream gives a single chunk."""
         if "text/event-stream" not in response.headers.get("content-type", ""):
             result = await self.whole_answer(request, response, model)
             if result.content:
-                await self._hand_out(on_chunk, result.content)
-            return result
+                yield result.content
+            yield result
+            return
         answer = Answer(model)
-        async with aclosing(self._chunks(request, response, answer)) as chunks:
-            async for chunk in chunks:
-                if await self._hand_out(on_chunk, chunk) is False:
-                    return answer.result("cancelled")
-        return answer.result()
-
-    async def _hand_out(self, on_chunk: ChunkCallback, chunk: str) -> object:
-        self._effort.handed_out = True
+        stream.cancel_by(lambda: break_off(response))
         try:
-            return await self._io.hand_out(on_chunk, chunk)
-        except LlmError as error:
-            self._effort.callback_error = error
-            raise
+            async with aclosing(self._chunks(request, response, answer)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+                    if stream.cancelled:
+                        break
+        except ApiError:
+            if not stream.cancelled:
+                raise
+        finally:
+            stream.cancel_by(None)  # the next request may have the connection then
+            await self._io.close(response)
+        yield answer.result()
 
     @contextmanager
     def understanding(self, request: Request, reply: Any) -> Iterator[None]:
@@ -197,12 +203,9 @@ class _Asking:
             logger.debug("%s: attempt %d", request, self._effort.attempts)
             with self._translated(request):
                 response = await self._io.send(request, self._patience.timeout_s)
-            try:
-                if response.is_success:
-                    return await read(response)
-                words = await self._refusal_words(response)
-            finally:
-                await self._io.close(response)
+            if response.is_success:
+                return await read(response)
+            words = await self._refusal_words(response)
             body = amended(request.body, response.status_code, words)
             if body is None:
                 self._effort.retry_after_s = retry_after_s(response.headers)
@@ -238,8 +241,6 @@ class _Asking:
             raise
 
     def _is_worth_another(self, error: BaseException) -> bool:
-        if self._effort.handed_out:
-            return False
         if isinstance(error, ApiStatusError):
             status = error.status_code or 0
             return status in RETRIED_STATUSES or status >= 500
@@ -339,16 +340,22 @@ class ApiLlmBackend(RequestBackend):
         s = self._settings
         return f"ApiLlmBackend(provider={s.provider!r}, model={s.model!r}{', closed' if self._clients.closed else ''})"
 
-    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """Answer `params`; with `on_chunk`, hand out each chunk of text as soon as it is there."""
-        check_plain(on_chunk)
-        io = self._clients.blocking()
-        return run_blocking(self._answered(lambda effort: self._generate(io, effort, params, on_chunk)))
-
-    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """`generate` for asyncio; `on_chunk` may be a coroutine function."""
-        io = await self._clients.asynchronous()
-        return await self._answered(lambda effort: self._generate(io, effort, params, on_chunk))
+    async def written(self, params: LlmCallParams, stream: TextStream) -> Pieces:
+        """See `RequestBackend.written`."""
+        io = self._clients.blocking() if stream.loop is None else await self._clients.asynchronous()
+        if params.session is not None:
+            logger.debug("session %s: an API keeps none", params.session)
+        effort = _Effort()
+        with self._explained(effort):
+            endpoint = self._endpoint()
+            asking = _Asking(io, endpoint, patience_of(self._settings, params.extra, params.timeout_s), effort)
+            deployment = endpoint.deployment if endpoint.provider == "azure" else None
+            model = await self._model(asking, "chat", deployment, params.model, self._settings.model)
+            body = chat_body(params, model, stream=stream.in_chunks, own=is_own(endpoint))
+            request = asking.request("POST", url_of(endpoint, "chat/completions", model), body)
+            async with aclosing(asking.answer(request, model, stream)) as pieces:
+                async for piece in pieces:
+                    yield piece if isinstance(piece, str) else self._signed(piece, endpoint, effort)
 
     def embeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
         """One vector per text. `attempts` counts the requests of all batches.
@@ -356,12 +363,12 @@ class ApiLlmBackend(RequestBackend):
         `dimensions` cuts each vector (Matryoshka) before it is normalised. Further options go into the request's body.
         """
         io = self._clients.blocking()
-        return run_blocking(self._answered(lambda effort: self._embed(io, effort, texts, **options)))
+        return run_blocking(self._embedded(io, texts, **options))
 
     async def aembeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
         """`embeddings` for asyncio, same options."""
         io = await self._clients.asynchronous()
-        return await self._answered(lambda effort: self._embed(io, effort, texts, **options))
+        return await self._embedded(io, texts, **options)
 
     def is_available(self) -> bool:
         """Whether the settings name an endpoint and its key is there; nothing is sent."""
@@ -384,44 +391,38 @@ class ApiLlmBackend(RequestBackend):
             raise SettingsError(missing)
         return endpoint
 
-    async def _answered(self, work: Callable[[_Effort], Awaitable[_R]]) -> _R:
-        """What `work` returns or raises, with the effort it took and, after a fallback, what it fell back from."""
-        effort, local = _Effort(), self._fallback_from
+    @contextmanager
+    def _explained(self, effort: _Effort) -> Iterator[None]:
+        """An error in there says what it took and, after a fallback, what it fell back from."""
+        local = self._fallback_from
         try:
-            result = await work(effort)
+            yield
         except (BadRequest, Cancelled, EngineClosed):  # the caller's doing, whoever is asked
             raise
         except LlmError as error:
-            if local is None or error is effort.callback_error:
+            if isinstance(error, ApiError):
+                error.attempts, error.total_delay_s = effort.attempts, effort.total_delay_s
+            if local is None:
                 raise
             raise FallbackError(
                 f"{sentence(local)} The API could not answer in its place: {error}", (("local", local), ("api", error))
             ) from error
+
+    def _signed(self, result: _R, endpoint: ApiEndpoint, effort: _Effort) -> _R:
+        """`result` with who gave it, what it took and, after a fallback, what it fell back from."""
         return dataclasses.replace(
             result,
             backend="api",
+            provider=endpoint.provider,
             attempts=effort.attempts,
             total_delay_s=effort.total_delay_s,
-            fallback_reason=None if local is None else str(local),
+            fallback_reason=None if self._fallback_from is None else str(self._fallback_from),
         )
 
-    async def _generate(
-        self, io: Io, effort: _Effort, params: LlmCallParams, on_chunk: ChunkCallback | None
-    ) -> LlmCallResult:
-        check_request(params, on_chunk)
-        if params.session is not None:
-            logger.debug("session %s: an API keeps none", params.session)
-        endpoint = self._endpoint()
-        asking = _Asking(io, endpoint, patience_of(self._settings, params.extra, params.timeout_s), effort)
-        deployment = endpoint.deployment if endpoint.provider == "azure" else None
-        model = await self._model(asking, "chat", deployment, params.model, self._settings.model)
-        body = chat_body(params, model, stream=on_chunk is not None, own=is_own(endpoint))
-        request = asking.request("POST", url_of(endpoint, "chat/completions", model), body)
-        if on_chunk is None:
-            result = await asking.ask(request, lambda response: asking.whole_answer(request, response, model))
-        else:
-            result = await asking.ask(request, lambda response: asking.streamed(request, response, model, on_chunk))
-        return dataclasses.replace(result, provider=endpoint.provider)
+    async def _embedded(self, io: Io, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
+        effort = _Effort()
+        with self._explained(effort):
+            return await self._embed(io, effort, texts, **options)
 
     async def _embed(
         self,
@@ -459,17 +460,14 @@ class ApiLlmBackend(RequestBackend):
             with asking.understanding(request, reply):
                 vectors += vectors_of(reply, len(batch))
                 answered_by = reply.get("model") or model
-                usage = reply.get("usage")
-                n_prompt = usage_of(usage).prompt_tokens + n_prompt if usage and n_prompt is not None else None
+                counted = reply.get("usage")
+                n_prompt = usage_of(counted).prompt_tokens + n_prompt if counted and n_prompt is not None else None
         vectors = [cut(vector, dimensions) for vector in vectors]
         if normalize:
             vectors = [normalized(vector) for vector in vectors]
-        return LlmEmbedResult(
-            as_float32(vectors) if as_numpy else vectors,
-            answered_by,
-            usage=None if n_prompt is None else Usage(n_prompt),
-            provider=endpoint.provider,
-        )
+        rows = as_float32(vectors) if as_numpy else vectors
+        usage = None if n_prompt is None else Usage(n_prompt)
+        return self._signed(LlmEmbedResult(rows, answered_by, usage=usage), endpoint, effort)
 
     async def _model(self, asking: _Asking, kind: str, *named: str | None) -> str:
         """The model to ask for: the first that is named, else the endpoint's own choice.

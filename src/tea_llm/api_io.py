@@ -1,21 +1,22 @@
 """HTTP over httpx, blocking or in an event loop behind one face, and httpx's errors as ours.
 
 Whoever asks is written once, as a coroutine over an `Io`. With `Clients.asynchronous()` it waits in the event loop;
-with `Clients.blocking()` it never suspends, so `run_blocking` finishes it in a single step.
+with `Clients.blocking()` it never suspends, which is what `run_blocking` needs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import inspect
 import os
+import socket
 import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
-from typing import Any, Final, TypeVar, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from typing import Any, Final
 
 import httpx
 import httpx_sse
@@ -30,11 +31,8 @@ from .errors import (
     LlmError,
     SettingsError,
 )
-from .params import ChunkCallback
 
-__all__ = ["ERRORS", "HTTPX_ERRORS", "Clients", "Io", "error_class", "run_blocking"]
-
-_T = TypeVar("_T")
+__all__ = ["ERRORS", "HTTPX_ERRORS", "Clients", "Io", "break_off", "error_class"]
 
 _CLOSED: Final = "this ApiLlmBackend was closed; make a new one"
 
@@ -99,7 +97,7 @@ class Io(ABC):
 
     @abstractmethod
     async def read(self, response: httpx.Response) -> None:
-        """Read the body; it is `response.text` then."""
+        """Read the body, which gives the connection back; it is `response.text` then."""
 
     @abstractmethod
     def events(self, response: httpx.Response) -> AsyncGenerator[httpx_sse.ServerSentEvent, None]:
@@ -113,10 +111,6 @@ class Io(ABC):
     async def sleep(self, seconds: float) -> None:
         """Wait."""
 
-    @abstractmethod
-    async def hand_out(self, on_chunk: ChunkCallback, chunk: str) -> object:
-        """What the callback says to `chunk`."""
-
 
 class _BlockingIo(Io):
     """Nothing here suspends."""
@@ -128,7 +122,8 @@ class _BlockingIo(Io):
         return _timed(self._client.send(_built(self._client, request, timeout_s), stream=True), timeout_s)
 
     async def read(self, response: httpx.Response) -> None:
-        response.read()
+        with contextlib.closing(response):
+            response.read()
 
     async def events(self, response: httpx.Response) -> AsyncGenerator[httpx_sse.ServerSentEvent, None]:
         for event in httpx_sse.EventSource(response).iter_sse():
@@ -139,9 +134,6 @@ class _BlockingIo(Io):
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
-
-    async def hand_out(self, on_chunk: ChunkCallback, chunk: str) -> object:
-        return on_chunk(chunk)
 
 
 class _AsyncioIo(Io):
@@ -154,7 +146,8 @@ class _AsyncioIo(Io):
         return _timed(await self._client.send(_built(self._client, request, timeout_s), stream=True), timeout_s)
 
     async def read(self, response: httpx.Response) -> None:
-        await response.aread()
+        async with contextlib.aclosing(response):
+            await response.aread()
 
     def events(self, response: httpx.Response) -> AsyncGenerator[httpx_sse.ServerSentEvent, None]:
         return httpx_sse.EventSource(response).aiter_sse()
@@ -164,10 +157,6 @@ class _AsyncioIo(Io):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-    async def hand_out(self, on_chunk: ChunkCallback, chunk: str) -> object:
-        said = on_chunk(chunk)
-        return await said if inspect.isawaitable(said) else said
 
 
 def _built(client: httpx.Client | httpx.AsyncClient, request: Request, timeout_s: float | None) -> httpx.Request:
@@ -187,13 +176,11 @@ def _timed(response: httpx.Response, timeout_s: float | None) -> httpx.Response:
     return response
 
 
-def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` returns. Its `Io` is a blocking one, so it never suspends, and one step ends it."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        return cast(_T, done.value)
-    raise AssertionError("blocking work waited for an event loop")
+def break_off(response: httpx.Response) -> None:
+    """End the connection under whoever reads it, from any thread; he finds that the body breaks off."""
+    stream = response.extensions["network_stream"]
+    with contextlib.suppress(OSError):
+        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 class Clients:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from .errors import BadRequest, EngineClosed, EngineError, LlmError, ModelError, ModelNotFound, OutOfMemory
 from .models import packaged_model, resolve_model_path
 from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message
 from .settings import LlmSettings
+from .stream import Pieces, TextStream, bridged
 
 __all__ = ["BackendPool", "LlmBackend", "RequestBackend", "create_llm_backend"]
 
@@ -31,17 +34,7 @@ async def _to_thread(function: Callable[..., _R], *args: Any, **kwargs: Any) -> 
     return await asyncio.to_thread(function, *args, **kwargs)
 
 
-def _awaited_in_this_loop(callback: ChunkCallback) -> ChunkCallback:
-    """`callback` for another thread: what it awaits, it awaits in the running loop."""
-    if not inspect.iscoroutinefunction(callback):
-        return callback
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    return lambda chunk: asyncio.run_coroutine_threadsafe(callback(chunk), loop).result()
-
-
-def check_request(params: LlmCallParams, on_chunk: ChunkCallback | None) -> None:
+def _check_request(params: LlmCallParams, on_chunk: ChunkCallback | None) -> None:
     """Raise BadRequest for a request or a callback that is none."""
     if not isinstance(params, LlmCallParams):
         raise BadRequest(f"the request is {params!r:.60}; give LlmCallParams(prompt, …)")
@@ -49,18 +42,35 @@ def check_request(params: LlmCallParams, on_chunk: ChunkCallback | None) -> None
         raise BadRequest(f"the callback is {on_chunk!r:.60}; give a callable that takes one chunk of text")
 
 
-def check_plain(on_chunk: ChunkCallback | None) -> None:
-    """Raise BadRequest for a coroutine function: without an event loop nobody would await it."""
-    if inspect.iscoroutinefunction(on_chunk):
-        raise BadRequest("the callback is a coroutine function; use agenerate or astream, or give a plain function")
+def _wants_callback(own: Callable[..., Any]) -> bool:
+    *_, last = inspect.signature(own).parameters.values()
+    return last.default is inspect.Parameter.empty
+
+
+def _also_without_callback(own: Callable[..., LlmCallResult]) -> Callable[..., Any]:
+    """A backend's own `stream`, which without a callback gives a TextStream."""
+
+    @functools.wraps(own)
+    def stream(self: LlmBackend, params: LlmCallParams, *callback: Any, **named: Any) -> Any:
+        if callback or named:
+            return own(self, params, *callback, **named)
+        return bridged(lambda on_chunk: own(self, params, on_chunk))
+
+    return stream
 
 
 class LlmBackend(ABC):
     """A language model that can be asked. A context manager: leaving it closes it.
 
-    A backend of your own implements the abstract methods; its async twins then run them in a thread.
-    Errors are `LlmError`s; `BadRequest` means that no backend could answer.
+    A backend of your own implements the abstract methods, `stream` only with its callback; its async twins and streams
+    then run them in a thread. Errors are `LlmError`s; `BadRequest` means that no backend could answer.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("stream")
+        if inspect.isfunction(own) and _wants_callback(own):
+            cls.stream = _also_without_callback(own)  # type: ignore[method-assign]
 
     @abstractmethod
     def call(self, params: LlmCallParams) -> LlmCallResult:
@@ -74,17 +84,32 @@ class LlmBackend(ABC):
     def embed(self, text: str | Sequence[str], **options: Any) -> Any:
         """The vector of a text, or a list of vectors of a list of texts."""
 
+    @overload
+    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult: ...
+
+    @overload
+    def stream(self, params: LlmCallParams, callback: None = None) -> TextStream: ...
+
     @abstractmethod
-    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
-        """As `call`, handing each chunk of text to `callback` as soon as it is there."""
+    def stream(self, params: LlmCallParams, callback: ChunkCallback | None = None) -> LlmCallResult | TextStream:
+        """As `call`, handing each chunk of text to `callback` as soon as it is there; without one, a TextStream."""
 
     @abstractmethod
     def is_available(self) -> bool:
         """Whether a call could be answered now, as far as can be told without making one."""
 
-    def stream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
-        """As `chat`, handing each chunk of text to `callback` as soon as it is there."""
-        return self.stream(LlmCallParams("", messages=messages, **options), callback)
+    @overload
+    def stream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult: ...
+
+    @overload
+    def stream_chat(self, messages: Sequence[Message], callback: None = None, **options: Any) -> TextStream: ...
+
+    def stream_chat(
+        self, messages: Sequence[Message], callback: ChunkCallback | None = None, **options: Any
+    ) -> LlmCallResult | TextStream:
+        """As `chat`, handing each chunk of text to `callback` as soon as it is there; without one, a TextStream."""
+        params = LlmCallParams("", messages=messages, **options)
+        return self.stream(params) if callback is None else self.stream(params, callback)
 
     def close(self) -> None:  # noqa: B027  a backend that holds nothing has nothing to write here
         """Give back what the backend holds. Closing twice is fine; a call after that raises EngineClosed."""
@@ -103,7 +128,7 @@ class LlmBackend(ABC):
 
     async def astream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
         """`stream` for asyncio; `callback` may be a coroutine function."""
-        return await _to_thread(self.stream, params, _awaited_in_this_loop(callback))
+        return await bridged(lambda on_chunk: self.stream(params, on_chunk)).aread(callback)
 
     async def astream_chat(self, messages: Sequence[Message], callback: ChunkCallback, **options: Any) -> LlmCallResult:
         """`stream_chat` for asyncio; `callback` may be a coroutine function."""
@@ -120,12 +145,8 @@ class RequestBackend(LlmBackend):
     """A backend with one way in for text and one for vectors, each sync and async; all else follows from them."""
 
     @abstractmethod
-    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """Answer `params`; with `on_chunk`, hand out each chunk of text as soon as it is there."""
-
-    @abstractmethod
-    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """`generate` for asyncio; `on_chunk` may be a coroutine function."""
+    def written(self, params: LlmCallParams, stream: TextStream) -> Pieces:
+        """The answer to `params` for `stream`, which says how to wait and whether to go on."""
 
     @abstractmethod
     def embeddings(
@@ -144,6 +165,22 @@ class RequestBackend(LlmBackend):
     async def aembeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
         """`embeddings` for asyncio, same options."""
 
+    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """Answer `params`; with `on_chunk`, hand out each chunk of text as soon as it is there."""
+        if inspect.iscoroutinefunction(on_chunk):
+            raise BadRequest(
+                "the callback is a coroutine function, which nobody would await here; use agenerate or astream"
+            )
+        return self._stream(params, on_chunk, in_chunks=on_chunk is not None).read(on_chunk)
+
+    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
+        """`generate` for asyncio; `on_chunk` may be a coroutine function."""
+        return await self._stream(params, on_chunk, in_chunks=on_chunk is not None).aread(on_chunk)
+
+    def _stream(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None, *, in_chunks: bool) -> TextStream:
+        _check_request(params, on_chunk)
+        return TextStream(lambda stream: self.written(params, stream), in_chunks=in_chunks)
+
     def call(self, params: LlmCallParams) -> LlmCallResult:
         """See `LlmBackend.call`."""
         return self.generate(params)
@@ -152,9 +189,15 @@ class RequestBackend(LlmBackend):
         """See `LlmBackend.chat`."""
         return self.generate(LlmCallParams("", messages=messages, **options))
 
-    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
+    @overload
+    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult: ...
+
+    @overload
+    def stream(self, params: LlmCallParams, callback: None = None) -> TextStream: ...
+
+    def stream(self, params: LlmCallParams, callback: ChunkCallback | None = None) -> LlmCallResult | TextStream:
         """See `LlmBackend.stream`."""
-        return self.generate(params, callback)
+        return self._stream(params, in_chunks=True) if callback is None else self.generate(params, callback)
 
     def embed(self, text: str | Sequence[str], **options: Any) -> Any:
         """See `LlmBackend.embed`; `options` are those of `embeddings`."""
@@ -328,26 +371,21 @@ class _LocalThenApi(RequestBackend):
         self._first = local
         self._settings = settings
 
-    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """Answer on the local model, or on the API with the reason why."""
-        check_request(params, on_chunk)
-        check_plain(on_chunk)
-        watched = on_chunk and _Watched(on_chunk)
+    async def written(self, params: LlmCallParams, stream: TextStream) -> Pieces:
+        """The local model's answer, or the API's with the reason why."""
+        n_pieces = 0
         try:
-            return self._first.generate(params, watched)
+            async with aclosing(self._first.written(params, stream)) as pieces:
+                async for piece in pieces:
+                    n_pieces += 1
+                    yield piece
         except self._FAULTS as exc:
-            with self._next(exc, watched) as api:
-                return api.generate(params, on_chunk)
-
-    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """`generate` for asyncio."""
-        check_request(params, on_chunk)
-        watched = on_chunk and _Watched(on_chunk)
-        try:
-            return await self._first.agenerate(params, watched)
-        except self._FAULTS as exc:
-            with self._next(exc, watched) as api:
-                return await api.agenerate(params, on_chunk)
+            if n_pieces:
+                raise
+            with self._next(exc) as api:
+                async with aclosing(api.written(params, stream)) as pieces:
+                    async for piece in pieces:
+                        yield piece
 
     def embeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
         """Embed on the local model, or on the API with the reason why."""
@@ -365,9 +403,9 @@ class _LocalThenApi(RequestBackend):
             with self._next(exc) as api:
                 return await api.aembeddings(texts, **options)
 
-    def _next(self, exc: BaseException, watched: _Watched | None = None) -> RequestBackend:
+    def _next(self, exc: BaseException) -> RequestBackend:
         """Who answers after `exc`; raises it where nobody may."""
-        if isinstance(exc, EngineClosed) or (watched and watched.n_chunks):
+        if isinstance(exc, EngineClosed):
             raise exc
         logger.warning("The local model could not answer: %s Falling back to API backend", sentence(exc))
         return _api(self._settings, exc)
@@ -379,18 +417,6 @@ class _LocalThenApi(RequestBackend):
     def close(self) -> None:
         """Give the local model back."""
         self._first.close()
-
-
-class _Watched:
-    """A chunk callback that counts what was handed out; no other backend starts over after that."""
-
-    def __init__(self, on_chunk: ChunkCallback) -> None:
-        self._on_chunk = on_chunk
-        self.n_chunks = 0
-
-    def __call__(self, chunk: str) -> object:
-        self.n_chunks += 1
-        return self._on_chunk(chunk)
 
 
 class BackendPool:

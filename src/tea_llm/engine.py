@@ -355,8 +355,9 @@ class Engine:
             return
         events: list[tuple[Ticket[Any], str | None, Any]] = []
         for generation, text in news:
-            ticket = self._live[generation].job.ticket
-            if text:
+            job = self._live[generation].job
+            ticket = job.ticket
+            if text and (job.request.stream or generation.error is None):  # half a text is for who reads along
                 events.append((ticket, text, None))
             if generation.ended:
                 live = self._live.pop(generation)

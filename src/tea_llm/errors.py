@@ -15,6 +15,7 @@
     │   ├── EngineFault                       an assert or a C++ exception inside llama.cpp
     │   ├── EngineBusy (TimeoutError)         no turn within `queue_timeout`, or too many requests wait
     │   └── EngineClosed                      used after close() or after fork()
+    ├── StreamError (RuntimeError)            a TextStream read twice, by two at once, or asked too early for its result
     ├── Cancelled
     ├── DeadlineExceeded (TimeoutError)
     ├── ApiError                              the API didn't give an answer
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfMemory",
     "SessionError",
     "SettingsError",
+    "StreamError",
     "WorkflowError",
 ]
 
@@ -121,6 +123,10 @@ class EngineBusy(EngineError, TimeoutError):
 
 class EngineClosed(EngineError):
     """A model, context or backend used after `close()`, or in a child process after `fork()`."""
+
+
+class StreamError(LlmError, RuntimeError):
+    """A TextStream that is read twice, or by two at once, or has no result (yet)."""
 
 
 class Cancelled(LlmError):

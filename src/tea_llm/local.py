@@ -6,18 +6,20 @@ import dataclasses
 import logging
 import os
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .backend import RequestBackend, check_plain, check_request, checked_texts
+from .backend import RequestBackend, checked_texts
+from .blocking import run_blocking
 from .chat import format_chat_prompt, message_text
-from .errors import BadRequest, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
+from .errors import BadRequest, Cancelled, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
 from .models import get_model_info
-from .params import ChunkCallback, LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
+from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
 from .session import Session, SessionFile
 from .settings import LlmSettings, expand_path
+from .stream import Pieces, TextStream
 
 if TYPE_CHECKING:
     import asyncio
@@ -157,34 +159,33 @@ class LocalLlmBackend(RequestBackend):
             _engine_rooms().registry.release_engine(engine, self._settings.keep_alive, wait=True)
 
     # --- text ---------------------------------------------------------------------------------------------------------
-    def generate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """Answer `params` on the local model; see LlmBackend."""
-        check_plain(on_chunk)
-        check_request(params, on_chunk)
-        answer = _Answer(self.model, on_chunk)
-        file, known = self._session(params)
-        with self._ticket(params, on_chunk, known) as ticket:
-            for chunk in ticket:
-                if answer.take(chunk) is False:
-                    ticket.cancel()
-        return _saved(file, ticket.outcome, answer.result(ticket.outcome))
-
-    async def agenerate(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None) -> LlmCallResult:
-        """`generate` for asyncio; `on_chunk` may be a coroutine function."""
-        import asyncio
-
-        check_request(params, on_chunk)
-        answer = _Answer(self.model, on_chunk)
-        loop, n_characters = asyncio.get_running_loop(), _size(params)
-        file, known = await asyncio.to_thread(self._session, params) if params.session is not None else (None, None)
-        with await _beside_loop(n_characters, lambda: self._ticket(params, on_chunk, known, loop)) as ticket:
-            async for chunk in ticket:
-                verdict = answer.take(chunk)
-                if (await verdict if isinstance(verdict, Awaitable) else verdict) is False:
-                    answer.stop()
-                    ticket.cancel()
-        result = answer.result(ticket.outcome)
-        return result if file is None else await asyncio.to_thread(_saved, file, ticket.outcome, result)
+    async def written(self, params: LlmCallParams, stream: TextStream) -> Pieces:
+        """See `RequestBackend.written`."""
+        has_session = params.session is not None
+        file, known = await _beside(stream.loop, lambda: self._session(params), long=has_session)
+        chunks = []
+        is_long = _size(params) > _LONG_TEXT
+        with await _beside(stream.loop, lambda: self._ticket(params, stream, known), long=is_long) as ticket:
+            try:
+                async for chunk in ticket:
+                    chunks.append(chunk)
+                    yield chunk
+            except Cancelled:  # before its turn
+                if not stream.cancelled:
+                    raise
+                yield LlmCallResult("", self.model, backend="local")
+                return
+        outcome: Generated = ticket.outcome
+        result = LlmCallResult(
+            "".join(chunks),
+            self.model,
+            tokens_used=outcome.usage.total_tokens,
+            finish_reason="cancelled" if stream.cancelled else outcome.finish_reason,
+            usage=outcome.usage,
+            backend="local",
+            timings=outcome.timings,
+        )
+        yield await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
 
     def _session(self, params: LlmCallParams) -> tuple[SessionFile | None, Session | None]:
         """Where the session of a call is kept, and what is there."""
@@ -193,25 +194,19 @@ class LocalLlmBackend(RequestBackend):
         file = SessionFile(expand_path(params.session), self._open_engine().origin)
         return file, file.read()
 
-    def _ticket(
-        self,
-        params: LlmCallParams,
-        on_chunk: ChunkCallback | None,
-        known: Session | None,
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Ticket[Generated]:
+    def _ticket(self, params: LlmCallParams, stream: TextStream, known: Session | None) -> Ticket[Generated]:
         """Hand the request to the engine."""
-        return self._open_engine().generate(
-            self._text_request(params, on_chunk, known),
+        ticket = self._open_engine().generate(
+            self._text_request(params, known, in_chunks=stream.in_chunks),
             timeout_s=params.timeout_s,
             queue_timeout_s=self._settings.queue_timeout,
             priority=params.priority,
-            loop=loop,
+            loop=stream.loop,
         )
+        stream.cancel_by(ticket.cancel)
+        return ticket
 
-    def _text_request(
-        self, params: LlmCallParams, on_chunk: ChunkCallback | None, known: Session | None
-    ) -> TextRequest:
+    def _text_request(self, params: LlmCallParams, known: Session | None, *, in_chunks: bool) -> TextRequest:
         for name, plain in _UNSUPPORTED.items():
             if params.extra.get(name) not in plain:
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
@@ -226,7 +221,7 @@ class LocalLlmBackend(RequestBackend):
             max_tokens=params.max_tokens,
             stop=stops,
             sampling=_sampling(params),
-            stream=on_chunk is not None,
+            stream=in_chunks,
             truncate=params.truncate,
             known=known,
             save=params.session is not None,
@@ -260,12 +255,9 @@ class LocalLlmBackend(RequestBackend):
 
         Raises ContextOverflow for a text that is longer than the model takes, unless `truncate`.
         """
-        backend = self._embedding_backend()
         request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
-        with backend._open_engine().embed(request, timeout_s=timeout_s) as ticket:
-            for _ in ticket:
-                pass
-        return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
+        backend = self._embedding_backend()
+        return run_blocking(backend._embedded(None, request, timeout_s, normalize, dimensions, as_numpy))
 
     async def aembeddings(
         self, texts: Sequence[str], *, model: str | None = None, normalize: bool = True, dimensions: int | None = None,
@@ -275,14 +267,26 @@ class LocalLlmBackend(RequestBackend):
         """`embeddings` for asyncio."""
         import asyncio
 
-        backend = await asyncio.to_thread(self._embedding_backend)
         request = _embed_request(texts, normalize, dimensions, truncate, on_progress, timeout_s)
-        loop, engine = asyncio.get_running_loop(), backend._open_engine()
-        n_characters = sum(map(len, request.texts))
-        with await _beside_loop(n_characters, lambda: engine.embed(request, timeout_s=timeout_s, loop=loop)) as ticket:
+        backend = await asyncio.to_thread(self._embedding_backend)
+        loop = asyncio.get_running_loop()
+        return await backend._embedded(loop, request, timeout_s, normalize, dimensions, as_numpy)
+
+    async def _embedded(
+        self,
+        loop: asyncio.AbstractEventLoop | None,
+        request: EmbedRequest,
+        timeout_s: float | None,
+        normalize: bool,
+        dimensions: int | None,
+        as_numpy: bool,
+    ) -> LlmEmbedResult:
+        engine = self._open_engine()
+        is_long = sum(map(len, request.texts)) > _LONG_TEXT
+        with await _beside(loop, lambda: engine.embed(request, timeout_s=timeout_s, loop=loop), long=is_long) as ticket:
             async for _ in ticket:
                 pass
-        return _embed_result(ticket.outcome, backend.model, normalize, dimensions, as_numpy)
+        return _embed_result(ticket.outcome, self.model, normalize, dimensions, as_numpy)
 
     def _embedding_backend(self) -> LocalLlmBackend:
         if self._embedding_model_path is None:
@@ -307,42 +311,6 @@ class LocalLlmBackend(RequestBackend):
 
     def __repr__(self) -> str:
         return f"LocalLlmBackend({self.model_path!r})"
-
-
-class _Answer:
-    """The text so far, and who is told of it."""
-
-    def __init__(self, model: str, on_chunk: ChunkCallback | None) -> None:
-        self._model = model
-        self._on_chunk = on_chunk
-        self._chunks: list[str] = []
-        self._stopped = False
-
-    def take(self, chunk: str) -> object:
-        """Keep a chunk and hand it on. False once the callback has said so; an awaitable from a coroutine function."""
-        if self._stopped:
-            return None
-        self._chunks.append(chunk)
-        verdict = self._on_chunk(chunk) if self._on_chunk else None
-        if verdict is False:
-            self._stopped = True
-        return verdict
-
-    def stop(self) -> None:
-        """Take no more chunks."""
-        self._stopped = True
-
-    def result(self, outcome: Generated) -> LlmCallResult:
-        """The whole answer."""
-        return LlmCallResult(
-            content="".join(self._chunks),
-            model=self._model,
-            tokens_used=outcome.usage.total_tokens,
-            finish_reason="cancelled" if self._stopped else outcome.finish_reason,
-            usage=outcome.usage,
-            backend="local",
-            timings=outcome.timings,
-        )
 
 
 def _saved(file: SessionFile | None, outcome: Generated, result: LlmCallResult) -> LlmCallResult:
@@ -376,9 +344,9 @@ def _engine_rooms() -> _Rooms:
     return _Rooms(engine, registry)
 
 
-async def _beside_loop(n_characters: int, work: Callable[[], _R]) -> _R:
-    """What `work` gives; done in a thread where it takes long."""
-    if n_characters <= _LONG_TEXT:
+async def _beside(loop: asyncio.AbstractEventLoop | None, work: Callable[[], _R], *, long: bool) -> _R:
+    """What `work` gives; done in a thread where it takes long and would hold up a loop."""
+    if loop is None or not long:
         return work()
     import asyncio
 

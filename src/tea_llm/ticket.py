@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
+from .blocking import next_blocking
 from .errors import DeadlineExceeded, EngineBusy
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Ticket", "hand_out"]
+__all__ = ["Cancellable", "Ticket", "hand_out"]
 
 _Outcome = TypeVar("_Outcome")
 _Event: TypeAlias = "tuple[str | None, Any]"  # a chunk, or None and the outcome or error that ends the request
 
 
-class Ticket(Generic[_Outcome]):
+class Cancellable:
+    """Something that any thread may cancel, whoever works on it at that time. In a child of fork() nobody does."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._cancel: Callable[[], object] | None = None
+        self._lock = threading.RLock()  # a collection of garbage may cancel in the midst of what is below
+        self._pid = os.getpid()
+
+    def cancel(self) -> None:
+        """End it as soon as may be."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self.cancelled = True
+            if self._cancel is not None:
+                self._cancel()
+
+    def cancel_by(self, cancel: Callable[[], object] | None) -> None:
+        """Say how it is cancelled from now on; it is at once where somebody has asked for it already."""
+        with self._lock:
+            self._cancel = cancel
+            if self.cancelled and cancel is not None:
+                cancel()
+
+
+class Ticket(Cancellable, Generic[_Outcome]):
     """The caller's end of a request: iterate its chunks (`for` or `async for`), then take `outcome`.
 
-    A context manager: leaving it before the outcome is there, by any exception, cancels the request.
+    A context manager: leaving it before the outcome is there, by any exception, cancels the request. Without `loop` it
+    waits by blocking, in `async for` too.
 
     Raises what the request failed with, DeadlineExceeded after `timeout_s`, and EngineBusy when it was not begun within
     `queue_timeout_s`.
@@ -34,52 +63,49 @@ class Ticket(Generic[_Outcome]):
         queue_timeout_s: float | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        super().__init__()
         now = time.monotonic()
         self.outcome: Any = None  # once the iteration has ended
-        self.cancelled = False
         self.loop = loop
         self._timeout_s, self._queue_timeout_s = timeout_s, queue_timeout_s
         self._deadline = None if timeout_s is None else now + timeout_s
         self._turn_by = None if queue_timeout_s is None else now + queue_timeout_s
         self._events: Any = _async_queue() if loop else SimpleQueue()
-        self._cancel: Callable[[], object] | None = None
         self.begun = False  # whether the request has had its turn
-        self._lock = threading.Lock()
 
     # --- the caller's side --------------------------------------------------------------------------------------------
-    def cancel(self) -> None:
-        """End the request as soon as may be; what it has so far is still handed out."""
-        with self._lock:
-            self.cancelled = True
-            cancel = self._cancel
-        if cancel:
-            cancel()
+    def __iter__(self) -> Ticket[_Outcome]:
+        return self
 
-    def __iter__(self) -> Iterator[str]:
+    def __next__(self) -> str:
+        return next_blocking(self)
+
+    def __aiter__(self) -> Ticket[_Outcome]:
+        return self
+
+    async def __anext__(self) -> str:
         while True:
             try:
-                chunk, end = self._events.get(timeout=self._patience_s())
-            except Empty:
+                chunk, end = await self._next_event()
+            except (Empty, TimeoutError):
                 self._check_patience()
                 continue
-            if chunk is None:
-                return self._finish(end)
-            yield chunk
+            if chunk is not None:
+                return chunk
+            if isinstance(end, BaseException):
+                raise end
+            self.outcome = end
+            raise StopAsyncIteration
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    async def _next_event(self) -> _Event:
+        """The next event. Raises Empty or TimeoutError when it is time to look at the clock."""
+        patience_s = self._patience_s()
+        if self.loop is None:
+            return cast(_Event, self._events.get(timeout=patience_s))
         import asyncio
 
-        while True:
-            try:
-                async with asyncio.timeout(self._patience_s()):
-                    chunk, end = await self._events.get()
-            except TimeoutError:
-                self._check_patience()
-                continue
-            if chunk is None:
-                self._finish(end)
-                return
-            yield chunk
+        async with asyncio.timeout(patience_s):
+            return cast(_Event, await self._events.get())
 
     def __enter__(self) -> Ticket[_Outcome]:
         return self
@@ -105,20 +131,11 @@ class Ticket(Generic[_Outcome]):
                 "n_parallel"
             )
 
-    def _finish(self, end: Any) -> None:
-        if isinstance(end, BaseException):
-            raise end
-        self.outcome = end
-
     # --- the engine's side --------------------------------------------------------------------------------------------
-    def cancel_by(self, cancel: Callable[[], object], *, begun: bool = False) -> None:
+    def cancel_by(self, cancel: Callable[[], object] | None, *, begun: bool = False) -> None:
         """Say how the request is cancelled from now on, and with `begun` that it has its turn."""
-        with self._lock:
-            self._cancel = cancel
-            self.begun = begun
-            cancelled = self.cancelled
-        if cancelled:
-            cancel()
+        self.begun = begun
+        super().cancel_by(cancel)
 
     def put(self, chunk: str | None, end: Any = None) -> None:
         """Hand out a chunk, or None and what ends the request. With a loop: only on the loop's own thread."""

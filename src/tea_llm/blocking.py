@@ -1,0 +1,27 @@
+"""Coroutines without an event loop: code written once, for callers that wait in a thread and for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar, cast
+
+__all__ = ["next_blocking", "run_blocking"]
+
+_T = TypeVar("_T")
+
+
+def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns. All that it awaits blocks instead of suspending, so one step ends it."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return cast(_T, done.value)
+    raise AssertionError("blocking work waited for an event loop")
+
+
+def next_blocking(items: AsyncIterator[_T]) -> _T:
+    """`__next__` for an iterator that has only `__anext__`, under the same condition."""
+    try:
+        return run_blocking(cast("Coroutine[Any, Any, _T]", items.__anext__()))
+    except StopAsyncIteration:
+        raise StopIteration from None
