@@ -301,6 +301,15 @@ def test_vectors_are_computed_in_turns_with_texts(endless):
         assert heard[-1] - heard[0] >= len(heard) - 2  # a step of the text between two batches of vectors
 
 
+def test_vectors_do_not_wait_for_the_end_of_a_text_that_nobody_streams(endless):
+    engine = endless._open_engine()
+    with engine.generate(TextRequest("count", sampling={"temperature": 0})):
+        wait_until(lambda: engine._live)
+        assert len(endless.embed("count one two")) == 448
+        assert engine._live
+    wait_until(lambda: not engine._live)
+
+
 # --- whose turn it is -------------------------------------------------------------------------------------------------
 def order_of(backend: LocalLlmBackend, *asked: LlmCallParams, pause_s: float = 0) -> list[int]:
     """In which order requests are answered that came one after the other while the model was busy."""

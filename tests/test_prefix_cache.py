@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def test_a_conversation_is_computed_from_its_last_answer_on(shared_models):
     assert context.n_kept == 1  # each turn goes on from the one before, and replaces it
 
 
-def test_a_beginning_that_many_share_is_computed_once_for_all_of_them(stories):
-    context = Context(stories, n_ctx=2048, n_batch=32, n_seq_max=8)
+@pytest.mark.parametrize("n_batch", [32, 512])
+def test_a_beginning_that_many_share_is_computed_once_for_all_of_them(stories, n_batch):
+    context = Context(stories, n_ctx=2048, n_batch=n_batch, n_seq_max=8)
     begin = [1, *some_tokens(1, 120)]
     prompts = [[*begin, *some_tokens(n, 10)] for n in range(10, 18)]
     generations = [generation(context, prompt, 12) for prompt in prompts]
@@ -126,6 +128,26 @@ def test_what_a_cancelled_text_computed_is_found(stories):
     assert cached(context, prompt) == 96
 
 
+def test_what_was_computed_of_a_batch_that_was_cut_short_is_found(stories):
+    context = Context(stories, n_ctx=8192, n_batch=8000, n_ubatch=32)
+    prompt = [1, *some_tokens(4, 7900)]
+    first = generation(context, prompt)
+    threading.Timer(0.05, first.cancel).start()  # the whole takes some tenths of a second
+    assert (first.run(), first.finish_reason) == (None, "cancelled")
+    assert 0 < cached(context, prompt) < len(prompt) - 1
+
+
+def test_a_text_that_goes_on_from_another_replaces_it(stories):
+    context = Context(stories, n_seq_max=4)
+    short, long = generation(context, SYSTEM, 4, stream=True), generation(context, SYSTEM, 30, stream=True)
+    while not short.ended:
+        context.run([short, long])
+    assert context.n_kept == 1
+    long.run()
+    assert context.n_kept == 1
+    assert cached(context, SYSTEM, 40) == long.n_prompt - 1
+
+
 def test_a_text_of_a_few_tokens_is_not_kept(stories):
     context = Context(stories, n_seq_max=4)
     assert cached(context, [1, 300, 301], 4) == 0
@@ -138,6 +160,10 @@ def test_without_reuse_nothing_is_kept(stories):
     context = Context(stories, n_seq_max=4, n_host_max=1 << 20, reuse=False)
     assert [cached(context, SYSTEM) for _ in range(2)] == [0, 0]
     assert (context.n_kept, context.n_host_bytes) == (0, 0)
+    both = [generation(context, SYSTEM, 20) for _ in range(2)]
+    while running := [g for g in both if not g.ended]:
+        context.run(running)
+    assert [g.n_cached for g in both] == [0, 0]
 
 
 # --- with and without, the same texts ---------------------------------------------------------------------------------
