@@ -90,7 +90,7 @@ class OwnBackend(LlmBackend):
             raise EngineClosed("closed; make a new one")
         return [1.0, 0.0] if isinstance(text, str) else [self.embed(t) for t in text]
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
         if not self._open:
             raise EngineClosed("closed; make a new one")
         said = ""

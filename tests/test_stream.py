@@ -62,7 +62,7 @@ class Endless(LlmBackend):
     def embed(self, text: Any, **options: Any) -> Any:
         return [1.0]
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
         self.n_writing += 1
         try:
             while callback(" one") is not False:
@@ -476,7 +476,7 @@ def test_streams_are_read_in_turns(endless_path):
 class Faulty(Endless):
     """Fails after a chunk."""
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
         callback("a")
         raise LlmError("mine")
 
