@@ -5,9 +5,9 @@
 // a text's logits depend on who else is in the batch. Here
 // - the cells that a token sees are listed once for all heads: cells of other texts cost next to nothing;
 // - query heads that share a key head are computed together: keys and values are converted once for all of them;
-// - a token's sums run over its own cells in the order of the cells, in blocks counted from its own first one. They are
-//   the same bits whoever else is in the batch, however many threads there are, and whether the token was part of a
-//   prompt or came alone.
+// - a token's sums run over its own cells in the order of its text, wherever they lie (cell_order.hpp), in blocks counted
+//   from the first one. They are the same bits whoever else is in the batch, however many threads there are, and whether
+//   the token was part of a prompt or came alone.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +18,7 @@
 #include "common.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+#include "llama-kv-cells.h"
 #include "ops.h"
 #include "simd-mappings.h"
 #include "vec.h"
@@ -41,13 +42,15 @@ constexpr uint16_t HIDDEN = 0xFC00;  // -inf as F16
 struct Attention {
     const ggml_tensor *q, *k, *v, *mask, *sinks;
     ggml_tensor * dst;
+    const llama_kv_cells * places;  // of the cells in their texts; null if they are as they lie
     int64_t dk, dv, n_tokens, n_heads, n_cells, n_streams;
     int64_t dv_padded;        // to whole registers
     int64_t n_groups, group;  // key heads, and query heads to each
     float scale, softcap;
 
     explicit Attention(ggml_tensor * to)
-        : q(to->src[0]), k(to->src[1]), v(to->src[2]), mask(to->src[3]), sinks(to->src[4]), dst(to), dk(k->ne[0]),
+        : q(to->src[0]), k(to->src[1]), v(to->src[2]), mask(to->src[3]), sinks(to->src[4]), dst(to),
+          places(k->view_src ? static_cast<const llama_kv_cells *>(k->view_src->extra) : nullptr), dk(k->ne[0]),
           dv(v->ne[0]), n_tokens(q->ne[1]), n_heads(q->ne[2]), n_cells(k->ne[1]), n_streams(q->ne[3]),
           dv_padded((dv + LANES - 1) / LANES * LANES), n_groups(k->ne[2]), group(n_heads / n_groups) {
         std::memcpy(&scale, to->op_params, sizeof scale);
@@ -72,8 +75,23 @@ struct Attention {
     }
 };
 
-// The cells that a token sees, in their order. True if the mask says more of them than that they are seen.
-bool list_cells(const uint16_t * mask, int64_t n, std::vector<int32_t> & out) {
+// Cells in the order of their text. They mostly lie so already, or in a few runs that do.
+void sort_cells(const llama_kv_cells & places, std::vector<int32_t> & cells) {
+    const auto is_before = [&](int32_t a, int32_t b) {
+        return std::pair(places.pos_get(a), a) < std::pair(places.pos_get(b), b);
+    };
+    auto run = std::is_sorted_until(cells.begin(), cells.end(), is_before);
+    while (run != cells.end()) {
+        const auto end = std::is_sorted_until(run, cells.end(), is_before);
+        std::inplace_merge(cells.begin(), run, end, is_before);
+        run = end;
+    }
+}
+
+// The cells that a token sees, in the order of its text. True if the mask says more of them than that they are seen.
+bool list_cells(const Attention & a, int64_t token, int64_t stream, std::vector<int32_t> & out) {
+    const uint16_t * mask = a.mask_of(token, stream);
+    const int64_t n = a.n_cells;
     out.resize(n + BLOCK);
     int32_t * at = out.data();
     uint16_t bias = 0;
@@ -89,6 +107,7 @@ bool list_cells(const uint16_t * mask, int64_t n, std::vector<int32_t> & out) {
         }
     }
     out.resize(at - out.data());
+    if (a.places) sort_cells(*a.places, out);
     return bias != 0;
 }
 
@@ -105,10 +124,10 @@ void find_tile(const Attention & a, int64_t stream, int64_t first, int64_t n_max
     tile.stream = stream;
     tile.first = first;
     tile.n = 1;
-    tile.biased = list_cells(a.mask_of(first, stream), a.n_cells, tile.cells);
+    tile.biased = list_cells(a, first, stream, tile.cells);
     tile.n_seen.assign(1, static_cast<int64_t>(tile.cells.size()));
     for (; tile.n < n_max && first + tile.n < a.n_tokens; ++tile.n) {
-        const bool biased = list_cells(a.mask_of(first + tile.n, stream), a.n_cells, next);
+        const bool biased = list_cells(a, first + tile.n, stream, next);
         if (next.size() < tile.cells.size() || !std::equal(tile.cells.begin(), tile.cells.end(), next.begin())) return;
         tile.biased |= biased;
         tile.cells.swap(next);

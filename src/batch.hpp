@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cell_order.hpp"
 #include "guard.hpp"
 #include "llama.h"
 #include "prefix_cache.hpp"
@@ -52,6 +53,7 @@ class Batch {
     Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options, bool fill_fours)
         : ctx_(ctx), vocab_(vocab), n_vocab_(llama_vocab_n_tokens(vocab)), n_batch_(llama_n_batch(ctx)),
           whole_(options.whole), filler_(fill_fours ? options.n_seq : -1), cache_(ctx, options) {
+        show_cells(ctx);
         llama_set_abort_callback(ctx, [](void * self) { return static_cast<Batch *>(self)->is_aborted(); }, this);
     }
 

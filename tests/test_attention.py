@@ -59,6 +59,15 @@ def test_a_text_is_the_same_beside_others(quantised: Model) -> None:
     assert all_of([begin(together, text) for text in (*OTHERS, PROMPT)]) == alone
 
 
+@pytest.mark.parametrize("n_before", [1, 20, 60, 150])
+def test_a_text_is_the_same_in_cells_that_others_left(quantised: Model, n_before: int) -> None:
+    """llama.cpp takes any cell that is free: the text goes on in cells that lie before those of its beginning."""
+    expected = begin(Context(quantised, n_ctx=1024), PROMPT, 300).run()
+    context = Context(quantised, n_ctx=1024, n_seq_max=2, reuse=False)
+    before = begin(context, OTHERS[1], n_before)
+    assert all_of([before, begin(context, PROMPT, 300)])[1] == expected
+
+
 def test_a_text_is_the_same_when_its_beginning_was_known(quantised: Model) -> None:
     expected = begin(Context(quantised, n_ctx=1024, reuse=False), PROMPT).run()
     context = Context(quantised, n_ctx=2048, n_seq_max=8)

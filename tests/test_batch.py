@@ -83,11 +83,6 @@ def test_texts_computed_together_are_what_each_is_alone(request, name, n_batch):
     assert all(generation.n_generated for generation in generations)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="llama.cpp puts a text's next tokens into cells that others have left, before its own first ones; attention "
-    "sums in the order of the cells, and the last bit of a sum grows where weights are quantised",
-)
 @pytest.mark.parametrize("n_before", [20, 150])
 def test_a_text_is_what_it_is_alone_when_those_before_it_end(quantised, n_before):
     prompt = "Mom said A Lily and Ben"  # two of its words are about as likely
