@@ -5,14 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 __all__ = ["N_VOCAB", "with_trained_context", "write_random"]
 
-N_VOCAB = 259 + 93  # control tokens, bytes and two-letter words
+_N_NO_WORD = 259  # control tokens and bytes
+N_VOCAB = _N_NO_WORD + 93  # and two-letter words
 _N_EMBD, _N_FF, _N_LAYER = 32, 64, 2
+_WITH_MTP = ("glm4moe", "qwen35")
+_Shapes = list[tuple[str, tuple[int, ...]]]
 
 
 def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
@@ -26,19 +28,23 @@ def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
 
 
 def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16) -> Path:
-    """A model of `arch`: "gpt2" (learned positions), "gemma2" (sliding window, on every other layer), "mamba"."""
+    """A model of `arch`, tiny and always the same.
+
+    "gpt2" (learned positions), "gemma2" (sliding window, on every other layer), "mamba" (recurrent), and two that bring
+    their own draft layer (MTP): "glm4moe" (attention only), "qwen35" (a recurrent layer, then attention).
+    """
     gguf = pytest.importorskip("gguf", reason="gguf writes the random models")
     np = pytest.importorskip("numpy")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(_N_EMBD)
-    writer.add_block_count(_N_LAYER)
+    writer.add_block_count(len(_layers(arch)))
     writer.add_feed_forward_length(_N_FF)
     writer.add_head_count(0 if arch == "mamba" else 2)
     writer.add_layer_norm_eps(1e-5)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
-    words = [f"{a}{b}" for a in "aeiou" for b in "bcdfghklmnprstvwxyz"][: N_VOCAB - 259]
+    words = [f"{a}{b}" for a in "aeiou" for b in "bcdfghklmnprstvwxyz"][: N_VOCAB - _N_NO_WORD]
     writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words])
     writer.add_token_scores([0.0] * N_VOCAB)
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
@@ -51,13 +57,35 @@ def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16
         writer.add_ssm_inner_size(2 * _N_EMBD)
         writer.add_ssm_state_size(8)
         writer.add_ssm_time_step_rank(4)
+    if arch == "glm4moe":
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        writer.add_expert_shared_count(1)
+        writer.add_expert_feed_forward_length(_N_EMBD)
+    if arch == "qwen35":
+        writer.add_rope_dimension_sections([3, 3, 2, 0])
+        writer.add_full_attention_interval(_N_LAYER)
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(_N_EMBD)
+        writer.add_ssm_state_size(_N_EMBD // 2)
+        writer.add_ssm_time_step_rank(2)
+        writer.add_ssm_group_count(2)
+    if arch in _WITH_MTP:
+        writer.add_nextn_predict_layers(1)
     for name, shape in _tensors(arch, n_ctx):
-        random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+        seed = name.replace(f"blk.{_N_LAYER}.", f"blk.{_N_LAYER - 1}.")  # a draft layer is a copy of the last one
+        random = np.random.Generator(np.random.PCG64(zlib.crc32(seed.encode())))
         values = random.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
         if "norm.weight" in name:
             values = 1 + values
         if name.endswith("ssm_a"):
             values = -np.abs(values)  # a state that fades
+        if arch in _WITH_MTP and name == "token_embd.weight":
+            values *= 2 * _N_EMBD**0.5  # a token says much about the next one: the draft layer is right now and then
+        if name == "output.weight":
+            values[:_N_NO_WORD] = 0  # answers are words, and end nowhere
+        if name.endswith("eh_proj.weight"):
+            values[:, :_N_EMBD] = 2 * np.eye(_N_EMBD)  # the token, as the first layer sees it, and noise
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -68,13 +96,28 @@ def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16
 
 def _tensors(arch: str, n_ctx: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, as llama.cpp's src/models/<arch>.cpp wants them; numpy counts dimensions the other way."""
-    e, ff = _N_EMBD, _N_FF
+    e = _N_EMBD
     yield "token_embd.weight", (N_VOCAB, e)
     yield "output_norm.weight", (e,)
     if arch == "gpt2":
         yield "position_embd.weight", (n_ctx, e)
         yield "output_norm.bias", (e,)
-    layers: dict[str, list[tuple[str, Any]]] = {
+    if arch in _WITH_MTP:
+        yield "output.weight", (N_VOCAB, e)  # with token_embd here, every token would be followed by itself
+    for layer, tensors in enumerate(_layers(arch)):
+        for name, shape in tensors:
+            yield f"blk.{layer}.{name}", shape
+
+
+def _layers(arch: str) -> list[_Shapes]:
+    """The tensors of each layer; a draft layer (MTP) comes last."""
+    e, ff = _N_EMBD, _N_FF
+    dense: _Shapes = [("ffn_gate.weight", (ff, e)), ("ffn_up.weight", (ff, e)), ("ffn_down.weight", (e, ff))]
+    norms: _Shapes = [("attn_norm.weight", (e,)), ("post_attention_norm.weight", (e,))]
+    nextn: _Shapes = [
+        ("nextn.eh_proj.weight", (e, 2 * e)), ("nextn.enorm.weight", (e,)), ("nextn.hnorm.weight", (e,)),
+    ]  # fmt: skip
+    kinds: dict[str, _Shapes] = {
         "gpt2": [
             *((f"{norm}.{part}", (e,)) for norm in ("attn_norm", "ffn_norm") for part in ("weight", "bias")),
             ("attn_qkv.weight", (3 * e, e)), ("attn_qkv.bias", (3 * e,)),
@@ -85,7 +128,7 @@ def _tensors(arch: str, n_ctx: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         "gemma2": [
             *((f"{norm}.weight", (e,)) for norm in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")),
             *((f"{name}.weight", (e, e)) for name in ("attn_q", "attn_k", "attn_v", "attn_output")),
-            ("ffn_gate.weight", (ff, e)), ("ffn_up.weight", (ff, e)), ("ffn_down.weight", (e, ff)),
+            *dense,
         ],
         "mamba": [
             ("attn_norm.weight", (e,)), ("ssm_in.weight", (4 * e, e)),
@@ -93,7 +136,29 @@ def _tensors(arch: str, n_ctx: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             ("ssm_x.weight", (4 + 2 * 8, 2 * e)), ("ssm_dt.weight", (2 * e, 4)), ("ssm_dt.bias", (2 * e,)),
             ("ssm_a", (2 * e, 8)), ("ssm_d", (2 * e,)), ("ssm_out.weight", (e, 2 * e)),
         ],
+        "glm4moe": [
+            *norms,
+            *((f"{name}.weight", (e, e)) for name in ("attn_q", "attn_k", "attn_v", "attn_output")),
+            ("ffn_gate_inp.weight", (4, e)), ("exp_probs_b.bias", (4,)),
+            *((f"ffn_{name}_exps.weight", (4, e, e)) for name in ("gate", "up", "down")),
+            *((f"ffn_{name}_shexp.weight", (e, e)) for name in ("gate", "up", "down")),
+        ],
+        "qwen35": [
+            *norms,
+            ("attn_q.weight", (2 * e, e)),  # the upper half of each head is a gate
+            *((f"{name}.weight", (e, e)) for name in ("attn_k", "attn_v", "attn_output")),
+            ("attn_q_norm.weight", (e // 2,)), ("attn_k_norm.weight", (e // 2,)),
+            *dense,
+        ],
+        "qwen35 recurrent": [
+            *norms,
+            ("attn_qkv.weight", (3 * e, e)), ("attn_gate.weight", (e, e)), ("ssm_conv1d.weight", (3 * e, 4)),
+            ("ssm_dt.bias", (2,)), ("ssm_a", (2,)), ("ssm_beta.weight", (2, e)), ("ssm_alpha.weight", (2, e)),
+            ("ssm_norm.weight", (e // 2,)), ("ssm_out.weight", (e, e)),
+            *dense,
+        ],
     }  # fmt: skip
-    for layer in range(_N_LAYER):
-        for name, shape in layers[arch]:
-            yield f"blk.{layer}.{name}", shape
+    layers = [kinds[arch]] * _N_LAYER
+    if arch == "qwen35":
+        layers[0] = kinds["qwen35 recurrent"]
+    return [*layers, kinds[arch] + nextn] if arch in _WITH_MTP else layers
