@@ -1,4 +1,4 @@
-"""The C++ by itself: programs that `-C cmake.define.TEA_LLM_NATIVE_TESTS=ON` builds beside the extension."""
+"""The C++ by itself: programs that `-C cmake.define.TEA_LLM_NATIVE_TESTS=ON` or ci/test-native builds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from tea_llm.models import packaged_model
 
-@pytest.fixture
-def build() -> Path:
-    """The directory that the programs were built in; skips where none was."""
-    builds = sorted(Path(__file__).parents[1].glob("build/*/native_attention"), key=lambda path: path.stat().st_mtime)
-    if not builds:
-        pytest.skip("the C++ tests are not built; reinstall with -C cmake.define.TEA_LLM_NATIVE_TESTS=ON")
-    return builds[-1].parent
+BUILD = Path(__file__).parents[1] / "build"
 
 
-def test_attention_is_right_and_the_same_bits_in_any_company(build: Path) -> None:
-    run = subprocess.run([build / "native_attention"], capture_output=True, text=True, timeout=300, check=False)
-    assert (run.returncode, run.stdout) == (0, "all right\n")
+def said_by(program: str, *arguments: str) -> tuple[int, str]:
+    """The exit status and the last line of a program; skips where it was not built."""
+    built = sorted(
+        [*BUILD.glob(f"*/{program}"), *BUILD.glob(f"native/plain/{program}")], key=lambda p: p.stat().st_mtime
+    )
+    if not built:
+        pytest.skip(f"{program} is not built; run ci/test-native")
+    done = subprocess.run([built[-1], *arguments], capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, (done.stdout.splitlines() or [done.stderr])[-1]
+
+
+def test_attention_is_right_and_the_same_bits_in_any_company() -> None:
+    assert said_by("native_attention") == (0, "all right")
+
+
+def test_a_batch_that_many_threads_ask_cancel_and_wake_gives_each_its_own_text() -> None:
+    """For races, `ci/test-native --races` runs it under ThreadSanitizer."""
+    assert said_by("native_many_callers", packaged_model(), "4") == (0, "all right")
