@@ -310,6 +310,25 @@ def test_vectors_do_not_wait_for_the_end_of_a_text_that_nobody_streams(endless):
     wait_until(lambda: not engine._live)
 
 
+def test_vectors_that_are_given_up_end_no_others(shared_models):
+    texts = ["one two three four five six seven " * 8] * 100
+    with LocalLlmBackend(shared_models / "all-MiniLM-L6-v2-f16.gguf", n_threads=1) as vectors:
+
+        def give_up(n: int) -> list[str]:
+            faults = []
+            for i in range(12):
+                try:
+                    vectors.embed(texts, timeout_s=0.03 + (7 * i + n) % 12 * 0.01)
+                except DeadlineExceeded:
+                    pass
+                except EngineError as exc:
+                    faults.append(str(exc))
+            return faults
+
+        stay, *faults = in_threads(lambda: len(vectors.embed(texts * 3)), *(lambda n=n: give_up(n) for n in range(2)))
+    assert (stay, faults) == (300, [[], []])
+
+
 # --- whose turn it is -------------------------------------------------------------------------------------------------
 def order_of(backend: LocalLlmBackend, *asked: LlmCallParams, pause_s: float = 0) -> list[int]:
     """In which order requests are answered that came one after the other while the model was busy."""

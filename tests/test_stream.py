@@ -294,6 +294,32 @@ def test_a_deadline_ends_a_stream(endless_path):
         assert backend.call(LlmCallParams("The", max_tokens=1)).content
 
 
+@pytest.mark.parametrize("way", ["for", "async for"])
+def test_a_deadline_ends_a_text_of_which_more_is_there_than_was_read(endless_path, way):
+    def read_slowly(stream: TextStream) -> None:
+        for _, _ in zip(range(100), stream, strict=False):
+            time.sleep(0.02)
+
+    async def aread_slowly(stream: TextStream) -> None:
+        chunks = aiter(stream)
+        for _ in range(100):
+            await anext(chunks)
+            await asyncio.sleep(0.02)
+
+    with LocalLlmBackend(endless_path, n_parallel=1) as backend:
+        stream = backend.stream(LlmCallParams("count", max_tokens=None, timeout_s=0.3))
+        with pytest.raises(DeadlineExceeded):
+            read_slowly(stream) if way == "for" else asyncio.run(aread_slowly(stream))
+
+
+def test_a_text_that_was_complete_in_time_may_be_read_later(endless_path):
+    with LocalLlmBackend(endless_path, n_parallel=1) as backend:
+        chunks = iter(backend.stream(LlmCallParams("count", temperature=0, max_tokens=20, timeout_s=2)))
+        first = next(chunks)
+        time.sleep(2.1)
+        assert "".join([first, *chunks]) == " one two three four five" * 4
+
+
 # --- cancel -----------------------------------------------------------------------------------------------------------
 def test_who_cancels_and_reads_on_has_the_text_so_far(writer):
     stream = writer.backend.stream(ENDLESS)

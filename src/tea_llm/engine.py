@@ -429,7 +429,10 @@ class Engine:
         job.ticket.cancel_by(context.cancel, begun=True)
         n = _n_that_fit(job.tokens, job.n_done, context.n_batch)
         batch = job.tokens[job.n_done : job.n_done + n]
-        job.vectors += context.embed(batch, normalize=job.request.normalize).cast("B")
+        try:
+            job.vectors += context.embed(batch, normalize=job.request.normalize).cast("B")
+        finally:
+            job.ticket.cancel_by(None, begun=True)  # the next batch may be another's
         job.n_done += n
         if n and job.request.on_progress:
             job.request.on_progress(job.n_done)

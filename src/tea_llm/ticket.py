@@ -72,6 +72,7 @@ class Ticket(Cancellable, Generic[_Outcome]):
         self._turn_by = None if queue_timeout_s is None else now + queue_timeout_s
         self._events: Any = _async_queue() if loop else SimpleQueue()
         self.begun = False  # whether the request has had its turn
+        self._ended = False  # whether what ends it has been handed out, and at most waits to be read
 
     # --- the caller's side --------------------------------------------------------------------------------------------
     def __iter__(self) -> Ticket[_Outcome]:
@@ -91,6 +92,8 @@ class Ticket(Cancellable, Generic[_Outcome]):
                 self._check_patience()
                 continue
             if chunk is not None:
+                if not self._ended:
+                    self._check_patience()
                 return chunk
             if isinstance(end, BaseException):
                 raise end
@@ -139,6 +142,7 @@ class Ticket(Cancellable, Generic[_Outcome]):
 
     def put(self, chunk: str | None, end: Any = None) -> None:
         """Hand out a chunk, or None and what ends the request. With a loop: only on the loop's own thread."""
+        self._ended = chunk is None
         self._events.put_nowait((chunk, end))
 
 
