@@ -9,6 +9,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_DecodeUTF8Stateful
+from libc.limits cimport INT_MIN
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint8_t, uint32_t
 from libcpp cimport bool
@@ -42,6 +43,7 @@ cdef extern from "guard.hpp" namespace "tea" nogil:
 
 engine_fault = <PyObject*>errors.EngineFault  # the imported module keeps it alive
 install()
+common_log_set_verbosity_thold(INT_MIN)  # the logger of llama.cpp's common library writes to stderr, from a thread of its own
 llama_backend_init()
 
 _logger = logging.getLogger("tea_llm.llama")
@@ -157,7 +159,8 @@ cdef class Model:
     """A loaded GGUF file: weights and vocabulary. Freed with its last reference; its contexts keep it alive.
 
     Loading releases the GIL, and on the main thread Ctrl-C ends it. `split_load` reads the weights on a second thread,
-    beside the vocabulary; None does so for large files. Reading a model is safe from any thread.
+    beside the vocabulary; None does so for large files. `load_mtp` also loads the layers that predict tokens after the
+    next one (multi-token prediction), for a Context's `draft`. Reading a model is safe from any thread.
 
     Raises ModelNotFound, ModelLoadError with llama.cpp's own words, MemoryError, or Cancelled through `loading`.
     """
@@ -167,11 +170,12 @@ cdef class Model:
     cdef const llama_vocab* _vocab   # of _words
     cdef ChatTemplate* _chat
     cdef int _pid
+    cdef bint _with_mtp
     cdef readonly str path
     cdef readonly int n_vocab
 
     def __init__(self, path, *, int n_gpu_layers=-1, bint use_mmap=True, bint use_mlock=False, bint vocab_only=False,
-                 bint check_tensors=False, Loading loading=None, split_load=None):
+                 bint check_tensors=False, bint load_mtp=False, Loading loading=None, split_load=None):
         if self._model != NULL:
             raise errors.EngineError("this Model is loaded already; make a new one")
         self.path = str(path)
@@ -186,6 +190,7 @@ cdef class Model:
             params.load_mode = LLAMA_LOAD_MODE_MLOCK if use_mlock else LLAMA_LOAD_MODE_NONE
         params.vocab_only = vocab_only
         params.check_tensors = check_tensors
+        params.load_mtp = self._with_mtp = load_mtp
         params.progress_callback = _on_progress
         params.progress_callback_user_data = <void*>loading
         self._pid = getpid()
@@ -332,6 +337,13 @@ cdef class Model:
         self._check()
         return not (llama_model_n_swa(self._model) > 0 or llama_model_is_recurrent(self._model)
                     or llama_model_is_hybrid(self._model))
+
+    @property
+    def n_mtp_layer(self) -> int:
+        """Layers in the file that predict tokens after the next one (multi-token prediction)."""
+        metadata = self.metadata
+        text = metadata.get(f"{metadata.get('general.architecture')}.nextn_predict_layers", "")
+        return int(text) if text.isdecimal() else 0
 
     @property
     def chat_template(self) -> str | None:
@@ -522,6 +534,30 @@ _FLASH_ATTN = {
 }
 
 
+_DRAFTS = {"mtp": COMMON_SPECULATIVE_TYPE_DRAFT_MTP, "ngram": COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE}
+
+
+cdef int _check_draft(Model model, draft) except -1:
+    """Refuse what can't guess for `model`."""
+    cdef Model other
+    if isinstance(draft, Model):
+        other = draft
+        other._check()
+        if llama_model_is_recurrent(other._model) or llama_model_is_hybrid(other._model):
+            raise errors.BadRequest(
+                f"{other.path} can't guess: it has a recurrent state ({other.description}), and wrong guesses can't be "
+                "taken back from it; choose another draft model")
+        if other._words != other._model or model._words != model._model:
+            raise errors.BadRequest("a model and its draft compare vocabularies; load both with split_load=False")
+    elif draft not in _DRAFTS:
+        raise errors.BadRequest(f"draft is {draft!r}; give a Model, 'mtp' or 'ngram'")
+    elif draft == "mtp" and model.n_mtp_layer == 0:
+        raise errors.BadRequest(f"{model.path} has no MTP layers; guess by another model or by 'ngram'")
+    elif draft == "mtp" and (not model._with_mtp or model._words != model._model):
+        raise errors.BadRequest("guesses by MTP layers need a model loaded with load_mtp=True and split_load=False")
+    return 0
+
+
 cdef bool _is_cancelled(void* flag) noexcept nogil:
     return (<atomic[bool]*>flag).load()
 
@@ -539,12 +575,20 @@ cdef class Context:
     a beginning: there a kept text is found by one that continues it. `fill_fours` fills batches up to multiples of four
     rows where that is faster (batch.hpp says when).
 
-    Raises BadRequest for sizes llama.cpp can't take, MemoryError or EngineError when the context can't be made.
+    `draft` is what guesses the next `n_draft` tokens of a text for the model to check at once: another Model, "mtp" (the
+    model's own MTP layers) or "ngram" (what followed the last tokens where they stood before). It never changes a text.
+    The next tokens of all texts and the guesses take `n_draft_rows` of a batch at most (0: `n_draft` and one more), so
+    that fewer are guessed for each of several texts.
+
+    Raises BadRequest for sizes llama.cpp can't take and for a `draft` that can't guess for this model, MemoryError or
+    EngineError when the context can't be made.
     """
 
     # keeps the weights alive; no_gc_clear because __dealloc__ needs it
     cdef readonly Model model
+    cdef readonly Model draft_model  # None unless another model guesses
     cdef llama_context* _ctx
+    cdef llama_context* _draft       # NULL unless a model or layers of it guess
     cdef ggml_threadpool* _threads
     cdef atomic[bool] _busy
     cdef atomic[bool] _cancel
@@ -558,7 +602,8 @@ cdef class Context:
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=512, int n_ubatch=0, int n_seq_max=1,
                  int n_threads=1, bint embeddings=False, pooling=None, flash_attn=None,
-                 bint reuse=True, size_t n_kept_max=2**31, size_t n_host_max=0, bint fill_fours=False):
+                 bint reuse=True, size_t n_kept_max=2**31, size_t n_host_max=0, bint fill_fours=False,
+                 draft=None, int n_draft=3, int n_draft_rows=0):
         if self._ctx != NULL:
             raise errors.EngineError("this Context is made already; make a new one")
         model._check()
@@ -567,12 +612,19 @@ cdef class Context:
         for name, value, low, high in (
             ("n_ctx", n_ctx, 0, 2**30), ("n_batch", n_batch, 1, 2**20), ("n_ubatch", n_ubatch, 0, n_batch),
             ("n_seq_max", n_seq_max, 1, 256 - fill_fours), ("n_threads", n_threads, 1, 512),
+            ("n_draft", n_draft, 1, 1024), ("n_draft_rows", n_draft_rows, 0, n_batch),
         ):
             if not low <= value <= high:
                 raise errors.BadRequest(f"{name} is {value}; give a number from {low} to {high}")
         if pooling not in _POOLING:
             raise errors.BadRequest(
                 f"pooling is {pooling!r}; choose one of {', '.join(repr(p) for p in _POOLING if p)}, or None")
+        cdef SpeculatorOptions speculation
+        if draft is not None:
+            _check_draft(model, draft)
+            speculation.type = _DRAFTS.get(draft, COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE)
+            speculation.n_draft = n_draft
+            speculation.n_rows = min(n_draft_rows or n_draft + 1, n_batch)
         self.model = model
         self.embeddings = embeddings
         self.n_seq_max = n_seq_max
@@ -590,7 +642,8 @@ cdef class Context:
         params.kv_unified = True
         params.no_perf = True
         # Logits of last tokens only: no buffer for the whole batch.
-        params.n_outputs_max = 0 if embeddings else params.n_seq_max + 2 * fill_fours
+        params.n_outputs_max = 0 if embeddings else params.n_seq_max + 2 * fill_fours + speculation.n_rows
+        params.n_rs_seq = speculation.n_draft  # tokens to take back, where the state is recurrent
         cdef ggml_threadpool_params thread_params
         cdef llama_context* ctx
         _listen()
@@ -603,6 +656,9 @@ cdef class Context:
         self._ctx = ctx
         if not embeddings and (llama_get_memory(ctx) == NULL or model.has_encoder):
             raise errors.ModelError(f"{model.path} is an encoder ({model.description}): it embeds, and can't write text")
+        if speculation.n_draft and (llama_model_is_recurrent(model._model) or llama_model_is_hybrid(model._model)):
+            if llama_n_rs_seq(ctx) == 0:
+                raise errors.BadRequest(f"no guesses for {model.path}: llama.cpp can't take tokens back from its state")
         if embeddings and llama_get_pooling_type(ctx) not in _POOLS_TO_ONE_VECTOR:
             raise errors.BadRequest(
                 f"pooling {self.pooling!r} does not make one vector of a text; choose 'mean', 'cls' or 'last'")
@@ -623,7 +679,37 @@ cdef class Context:
         options.whole = not model.shares_prefixes
         options.n_kept_max = n_kept_max
         options.n_host_max = n_host_max
-        self._batch = new Batch(ctx, model._vocab, options, fill_fours)
+        if speculation.n_draft and speculation.type != COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE:
+            self._make_draft(draft if isinstance(draft, Model) else None, params)
+            options.draft = self._draft
+        try:
+            self._batch = new Batch(ctx, model._vocab, options, fill_fours, speculation)
+        except errors.EngineFault as exc:
+            if self.draft_model is None:
+                raise
+            raise errors.BadRequest(
+                f"{self.draft_model.path} can't guess for {model.path}: {exc}; choose a draft model with the same "
+                "vocabulary, of the same family") from exc
+
+    cdef int _make_draft(self, Model draft_model, llama_context_params params) except -1:
+        """A context for guesses, with the same cells and sequences, on the same threads."""
+        params.n_ctx = llama_n_ctx(self._ctx)
+        params.n_seq_max = params.n_outputs_max = self.n_seq_max
+        params.n_rs_seq = 0
+        params.ctx_other = self._ctx
+        if draft_model is None:
+            params.ctx_type = LLAMA_CONTEXT_TYPE_MTP
+        cdef llama_model* model = (self.model if draft_model is None else draft_model)._model
+        _listen()
+        with nogil:
+            self._draft = new_context(model, params)
+        words = _last_words()
+        if self._draft == NULL:
+            raise errors.EngineError(f"no context for guesses could be made beside {self!r}: {words}; try a smaller n_ctx")
+        if llama_get_memory(self._draft) == NULL:
+            raise errors.BadRequest(f"{draft_model.path} can't guess: it is an encoder ({draft_model.description})")
+        llama_attach_threadpool(self._draft, self._threads, self._threads)
+        self.draft_model = draft_model
 
     def __dealloc__(self):
         self._free()
@@ -635,11 +721,14 @@ cdef class Context:
         if self._ctx != NULL and not self._poisoned and self.model._pid == getpid():
             with nogil:
                 del batch
+                if self._draft != NULL:
+                    llama_detach_threadpool(self._draft)
+                    llama_free(self._draft)
                 llama_detach_threadpool(self._ctx)
                 llama_free(self._ctx)
                 if self._threads != NULL:
                     ggml_threadpool_free(self._threads)
-        self._ctx = NULL
+        self._ctx = self._draft = NULL
         self._threads = NULL
 
     def close(self) -> None:
@@ -1090,6 +1179,16 @@ cdef class Generation:
     def n_cached(self) -> int:
         """Tokens of the prompt that did not have to be computed, as the context held them already."""
         return self._made().n_cached
+
+    @property
+    def n_drafted(self) -> int:
+        """Tokens that were guessed and then checked."""
+        return self._made().n_drafted
+
+    @property
+    def n_accepted(self) -> int:
+        """Guessed tokens that the model chose itself."""
+        return self._made().n_accepted
 
     @property
     def queue_s(self) -> float:

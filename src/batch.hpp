@@ -16,6 +16,7 @@
 #include "llama.h"
 #include "prefix_cache.hpp"
 #include "sampling.hpp"
+#include "speculative.hpp"
 #include "text_filter.hpp"
 
 namespace tea {
@@ -38,6 +39,7 @@ struct Generation : Text {
     std::atomic<Finish> finish{RUNNING};
     std::string fault;          // what went wrong, after FAULT
     size_t n_cached = 0;        // tokens of the prompt that were found computed
+    size_t n_drafted = 0, n_accepted = 0;  // tokens that were guessed, and guessed right
     int64_t begun_us = 0, first_us = 0, last_us = 0;
 
     bool has_news() const { return finish != RUNNING || (stream && filter.has_ready()); }
@@ -50,9 +52,14 @@ class Batch {
     // With `fill_fours` a batch of 4 n - 1 or 4 n + 2 rows is filled up: ggml multiplies repacked weights with four rows
     // at once, and with each row of the rest alone, which takes as long (ggml-cpu/repack.cpp, forward_mul_mat). The
     // rows belong to a sequence of their own, the one after `options.n_seq`, and are forgotten at once.
-    Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options, bool fill_fours)
+    // With `speculation.n_draft` the next tokens of texts are guessed, by `options.draft` if it takes one.
+    Batch(llama_context * ctx, const llama_vocab * vocab, const PrefixCache::Options & options, bool fill_fours,
+          const Speculator::Options & speculation = {})
         : ctx_(ctx), vocab_(vocab), n_vocab_(llama_vocab_n_tokens(vocab)), n_batch_(llama_n_batch(ctx)),
           whole_(options.whole), filler_(fill_fours ? options.n_seq : -1), cache_(ctx, options) {
+        if (speculation.n_draft > 0) {
+            speculator_ = std::make_unique<Speculator>(ctx, options.draft, options.n_seq, speculation);
+        }
         show_cells(ctx);
         llama_set_abort_callback(ctx, [](void * self) { return static_cast<Batch *>(self)->is_aborted(); }, this);
     }
@@ -104,18 +111,25 @@ class Batch {
         alone_.store(nullptr);
         if (n_filler > 0) llama_memory_seq_rm(llama_get_memory(ctx_), filler_, -1, -1);
         if (rc == 1) {
-            make_room(texts);
+            if (speculator_ && guesses_) {
+                guesses_ = false;  // they need room too
+            } else {
+                make_room(texts);
+            }
             return true;
         }
         if (rc == 2) {  // cut short; the next turn of `run` ends the text
             Generation & text = *shares_[0].text;
-            text.n_past = whole_ ? 0 : llama_memory_seq_pos_max(llama_get_memory(ctx_), text.seq) + 1;
+            const size_t n_read = whole_ ? 0 : llama_memory_seq_pos_max(llama_get_memory(ctx_), text.seq) + 1;
+            text.n_past = std::min(n_read, text.tokens.size() - 1);
+            if (speculator_) speculator_->forget(text);
             return true;
         }
         if (rc != 0) throw std::runtime_error("llama.cpp could not compute the next batch");
+        if (speculator_) speculator_->read(tokens_, positions_, sequences_, tokens_.size() - n_filler);
         for (const Share & share : shares_) share.text->n_past += share.n_rows;
         for (const Share & share : shares_) {
-            if (share.is_last) sample(*share.text, static_cast<int32_t>(share.end) - 1, texts);
+            if (share.is_last) go_on(share, texts);
         }
         return true;
     }
@@ -128,6 +142,7 @@ class Batch {
         outputs_.clear();
         next_.clear();
         for (const auto & text : texts) {
+            text->draft.clear();
             if (text->seq >= 0 && n_left(*text) == 1) next_.push_back(text.get());
         }
         const bool prompts_first = has_short_prompt(texts) && ggml_time_us() - told_us_ < longest_silence_us;
@@ -140,7 +155,11 @@ class Batch {
     }
 
     void add_next_tokens() {
-        for (Generation * text : next_) add(*text);
+        if (speculator_ && guesses_) speculator_->guess(next_, n_batch_ - tokens_.size());
+        for (Generation * text : next_) {
+            add(*text);
+            add_guesses(*text);
+        }
         told_us_ = ggml_time_us();
     }
 
@@ -181,6 +200,16 @@ class Batch {
         const bool is_last = n == n_left(text);
         if (is_last) outputs_.back() = 1;
         shares_.push_back({&text, n, tokens_.size(), is_last});
+    }
+
+    void add_guesses(Generation & text) {
+        for (size_t i = 0; i < text.draft.size(); ++i) {
+            tokens_.push_back(text.draft[i]);
+            positions_.push_back(static_cast<llama_pos>(text.n_past + 1 + i));
+            sequences_.push_back(text.seq);
+            outputs_.push_back(1);
+        }
+        text.n_drafted += text.draft.size();
     }
 
     // How many rows to add to `n` so that none or few are multiplied alone.
@@ -240,29 +269,50 @@ class Batch {
         last->parked = true;
     }
 
-    void sample(Generation & text, int32_t row, const Generations & texts) {
+    // Takes the next token of a text, and those after it as long as they were guessed.
+    void go_on(const Share & share, const Generations & texts) {
+        Generation & text = *share.text;
+        auto row = static_cast<int32_t>(share.end) - 1;
+        Finish finish = sample(text, row);
+        size_t n = 0;
+        for (; n < text.draft.size() && finish == RUNNING && text.tokens.back() == text.draft[n]; ++n) {
+            ++text.n_past;
+            finish = sample(text, ++row);
+        }
+        if (!text.draft.empty()) {
+            text.n_accepted += n;
+            if (n < text.draft.size()) cache_.drop_guesses(text);
+            speculator_->accept(text, n);
+            text.draft.clear();
+        }
+        if (finish != RUNNING) end(text, finish, texts);
+    }
+
+    // Chooses a token by one row of the batch, and says whether the text ends with it.
+    Finish sample(Generation & text, int32_t row) {
         llama_token token = -1;
         try {
             token = text.chain->sample(ctx_, row, n_vocab_);
         } catch (const std::exception & e) {  // of this text's samplers; the others go on
             text.fault = e.what();
-            return end(text, FAULT, texts);
+            return FAULT;
         }
         text.last_us = ggml_time_us();
         if (text.first_us == 0) text.first_us = text.last_us;
-        if (token < 0) return end(text, NO_TOKEN, texts);
-        if (ends_text(vocab_, token)) return end(text, STOP, texts);
+        if (token < 0) return NO_TOKEN;
+        if (ends_text(vocab_, token)) return STOP;
         text.tokens.push_back(token);
         text.n_generated.fetch_add(1, std::memory_order_relaxed);
         read_piece(vocab_, token, false, piece_);
-        if (text.filter.push(piece_.data(), piece_.size())) return end(text, STOP, texts);
-        if (text.n_generated >= text.n_max) return end(text, LENGTH, texts);
+        if (text.filter.push(piece_.data(), piece_.size())) return STOP;
+        return text.n_generated >= text.n_max ? LENGTH : RUNNING;
     }
 
     void end(Generation & text, Finish finish, const Generations & texts) {
         text.filter.flush();
         if (text.save && (finish == STOP || finish == LENGTH)) text.state = cache_.state_of(text);
         text.finish = finish;
+        guesses_ = true;
         cache_.retire(text);
         for (const auto & other : texts) other->parked = false;
     }
@@ -279,6 +329,8 @@ class Batch {
     bool whole_;
     llama_seq_id filler_;  // -1: none
     PrefixCache cache_;
+    std::unique_ptr<Speculator> speculator_;
+    bool guesses_ = true;  // there is room for them
     int64_t told_us_ = 0;  // when the texts past their prompt had their last turn
     std::atomic<bool> woken_{false};
     std::atomic<Generation *> alone_{nullptr};  // the only text of the batch that is computed now

@@ -1,12 +1,10 @@
 // llama.cpp's own chat code (common/chat.h) behind one plain class: a model's Jinja template, applied to messages.
 #pragma once
 
-#include <climits>
 #include <string>
 
 #include "chat.h"
 #include "guard.hpp"
-#include "log.h"
 
 namespace tea {
 
@@ -15,7 +13,6 @@ class ChatTemplate {
     // The model's template, or `source` where it is not empty.
     ChatTemplate(const llama_model * model, const std::string & source) {
         Guard guard;
-        common_log_set_verbosity_thold(INT_MIN);  // its logger would write to stderr from a thread of its own
         templates_ = common_chat_templates_init(model, source);
     }
 

@@ -79,6 +79,7 @@ cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
         bool whole
         size_t n_kept_max
         size_t n_host_max
+        llama_context* draft
     struct Known:
         vector[llama_token] tokens
         const char* state
@@ -87,6 +88,19 @@ cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
         size_t n_live()
         size_t n_kept()
         size_t n_host_bytes()
+
+cdef extern from "log.h" nogil:
+    void common_log_set_verbosity_thold(int verbosity)
+
+cdef extern from "common.h" nogil:
+    enum common_speculative_type:
+        COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE, COMMON_SPECULATIVE_TYPE_DRAFT_MTP, COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
+
+cdef extern from "speculative.hpp" namespace "tea" nogil:
+    struct SpeculatorOptions "tea::Speculator::Options":
+        common_speculative_type type
+        int32_t n_draft
+        int32_t n_rows
 
 cdef extern from "batch.hpp" namespace "tea" nogil:
     enum Finish:
@@ -109,12 +123,15 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         atomic[Finish] finish
         string fault
         size_t n_cached
+        size_t n_drafted
+        size_t n_accepted
         int64_t begun_us
         int64_t first_us
         int64_t last_us
         bool has_news()
     cppclass Batch:
-        Batch(llama_context* ctx, const llama_vocab* vocab, const PrefixCacheOptions& options, bool fill_fours) except +raise_fault
+        Batch(llama_context* ctx, const llama_vocab* vocab, const PrefixCacheOptions& options, bool fill_fours,
+              const SpeculatorOptions& speculation) except +raise_fault
         bool run(const vector[shared_ptr[Text]]& texts) except +raise_fault
         void wake()
         const PrefixCache& cache()
@@ -151,6 +168,8 @@ cdef extern from "llama.h" nogil:
         LLAMA_POOLING_TYPE_CLS
         LLAMA_POOLING_TYPE_LAST
         LLAMA_POOLING_TYPE_RANK
+    enum llama_context_type:
+        LLAMA_CONTEXT_TYPE_MTP
     enum llama_flash_attn_type:
         LLAMA_FLASH_ATTN_TYPE_AUTO
         LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -181,15 +200,18 @@ cdef extern from "llama.h" nogil:
         void* progress_callback_user_data
         bool vocab_only
         bool check_tensors
+        bool load_mtp
 
     struct llama_context_params:
         uint32_t n_ctx
         uint32_t n_batch
         uint32_t n_ubatch
         uint32_t n_seq_max
+        uint32_t n_rs_seq
         uint32_t n_outputs_max
         int32_t n_threads
         int32_t n_threads_batch
+        llama_context_type ctx_type
         llama_pooling_type pooling_type
         llama_flash_attn_type flash_attn_type
         int type_k
@@ -198,6 +220,7 @@ cdef extern from "llama.h" nogil:
         bool no_perf
         bool swa_full
         bool kv_unified
+        llama_context* ctx_other
 
     struct llama_logit_bias:
         llama_token token
@@ -236,6 +259,7 @@ cdef extern from "llama.h" nogil:
     uint64_t llama_model_n_params(const llama_model* model)
     bool llama_model_has_encoder(const llama_model* model)
     bool llama_model_has_decoder(const llama_model* model)
+    uint32_t llama_n_rs_seq(const llama_context* ctx)
     bool llama_model_is_recurrent(const llama_model* model)
     bool llama_model_is_hybrid(const llama_model* model)
     void llama_memory_clear(llama_memory_t mem, bool data)

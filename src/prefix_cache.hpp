@@ -2,7 +2,8 @@
 // first: a sequence that shares them is a copy of cell numbers, not of keys and values (llama.h, llama_memory_seq_cp).
 //
 // A sequence is live while a text is being computed in it, and kept afterwards, until the least recently used one has to
-// make room. What leaves the KV cache may go on into host memory.
+// make room. What leaves the KV cache may go on into host memory. A draft context (speculative.hpp) has the same
+// sequences.
 #pragma once
 
 #include <algorithm>
@@ -36,6 +37,7 @@ struct Text {
     Tokens tokens;          // the prompt, then what was generated
     size_t n_past = 0;      // tokens whose keys and values are computed
     size_t n_shared = 0;    // of them, those in cells that another sequence brought
+    Tokens draft;           // guesses of what comes next
     llama_seq_id seq = -1;  // -1: in no sequence yet
     Known known;            // until the text has a sequence
     std::string unfit;      // why `known` can't be the state of a sequence here, if it can't
@@ -49,6 +51,7 @@ class PrefixCache {
         bool whole = false;     // the state can't be cut or shared (recurrent, sliding window): all of it or nothing
         size_t n_kept_max = 0;  // cells for kept sequences, of which the last one may be longer
         size_t n_host_max = 0;  // bytes of host memory for those that had to leave
+        llama_context * draft = nullptr;  // that guesses for the first one, if there is one
     };
 
     PrefixCache(llama_context * ctx, const Options & options) : ctx_(ctx), options_(options), live_(options.n_seq) {
@@ -72,10 +75,10 @@ class PrefixCache {
         if (n_known > 0) {
             if (read_known(*text, seq, n)) text->n_past = n;
         } else if (match.live >= 0 || (match.kept != kept_.end() && match.kept->seq >= 0)) {
-            llama_memory_seq_cp(memory(), match.live >= 0 ? match.live : match.kept->seq, seq, 0, n);
+            copy(match.live >= 0 ? match.live : match.kept->seq, seq, n);
             text->n_past = text->n_shared = n;
-        } else if (match.kept != kept_.end() && restore(match.kept->state.data(), match.kept->state.size(), seq) > 0) {
-            if (n < match.kept->tokens.size()) llama_memory_seq_rm(memory(), seq, n, -1);
+        } else if (match.kept != kept_.end() && restore(*match.kept, seq)) {
+            if (n < match.kept->tokens.size()) cut(seq, n);
             text->n_past = n;
         }
         touch(match.kept);
@@ -86,7 +89,12 @@ class PrefixCache {
     // The state of a live text, to be `Known` elsewhere. Empty where there is none, or no memory for it.
     std::vector<uint8_t> state_of(const Text & text) const {
         if (text.seq < 0 || text.n_past == 0) return {};
-        return copy_state(text.seq, llama_state_seq_get_size(ctx_, text.seq));
+        return copy_state(ctx_, text.seq);
+    }
+
+    // Drops what was computed beyond the text's `n_past`: guesses that were wrong.
+    void drop_guesses(const Text & text) const {
+        if (!cut(text.seq, text.n_past)) throw std::runtime_error("llama.cpp could not drop tokens from its cache");
     }
 
     // The text is computed no further; its tokens stay to be found.
@@ -127,6 +135,9 @@ class PrefixCache {
         Tokens tokens;
         size_t n_cells;              // that no other sequence brought
         std::vector<uint8_t> state;  // llama_state_seq_get_data, in host memory
+        std::vector<uint8_t> draft_state;
+
+        size_t n_bytes() const { return state.size() + draft_state.size(); }
     };
     using KeptAt = std::list<Kept>::iterator;
     struct Match {
@@ -141,6 +152,16 @@ class PrefixCache {
     static constexpr size_t n_kept_texts = 256;   // searched one by one
 
     llama_memory_t memory() const { return llama_get_memory(ctx_); }
+
+    bool cut(llama_seq_id seq, llama_pos from) const {
+        if (options_.draft) llama_memory_seq_rm(llama_get_memory(options_.draft), seq, from, -1);
+        return llama_memory_seq_rm(memory(), seq, from, -1);
+    }
+
+    void copy(llama_seq_id from, llama_seq_id to, llama_pos n) const {
+        if (options_.draft) llama_memory_seq_cp(llama_get_memory(options_.draft), from, to, 0, n);
+        llama_memory_seq_cp(memory(), from, to, 0, n);
+    }
 
     Match find(const Text & text) {
         const size_t n_wanted = text.tokens.size() - 1;
@@ -187,7 +208,7 @@ class PrefixCache {
     }
 
     bool take_over(const std::shared_ptr<Text> & text, KeptAt kept, size_t n) {
-        if (n < kept->tokens.size()) llama_memory_seq_rm(memory(), kept->seq, n, -1);
+        if (n < kept->tokens.size()) cut(kept->seq, n);
         text->n_past = n;
         text->n_shared = n - std::min(n, kept->n_cells);
         const llama_seq_id seq = kept->seq;
@@ -218,7 +239,7 @@ class PrefixCache {
     }
 
     void release(llama_seq_id seq) {
-        llama_memory_seq_rm(memory(), seq, -1, -1);
+        cut(seq, -1);
         free_.push_back(seq);
     }
 
@@ -252,7 +273,7 @@ class PrefixCache {
             n_kept_cells_ -= kept->n_cells;
             release(kept->seq);
         } else {
-            n_host_bytes_ -= kept->state.size();
+            n_host_bytes_ -= kept->n_bytes();
         }
         kept_.erase(kept);
     }
@@ -272,7 +293,7 @@ class PrefixCache {
         n_kept_cells_ -= kept->n_cells;
         release(kept->seq);
         kept->seq = -1;
-        n_host_bytes_ += kept->state.size();
+        n_host_bytes_ += kept->n_bytes();
         while (n_host_bytes_ > options_.n_host_max || kept_.size() > n_kept_texts) {
             forget(std::find_if(kept_.begin(), kept_.end(), [](const Kept & k) { return k.seq < 0; }));
         }
@@ -281,19 +302,29 @@ class PrefixCache {
     bool save(Kept & kept) {
         const size_t n = options_.n_host_max == 0 ? 0 : llama_state_seq_get_size(ctx_, kept.seq);
         if (n == 0 || n > options_.n_host_max) return false;
-        kept.state = copy_state(kept.seq, n);
+        kept.state = copy_state(ctx_, kept.seq);
+        if (options_.draft && !kept.state.empty()) kept.draft_state = copy_state(options_.draft, kept.seq);
         return !kept.state.empty();
     }
 
-    std::vector<uint8_t> copy_state(llama_seq_id seq, size_t n) const {
+    // Empty where there is no memory for it.
+    static std::vector<uint8_t> copy_state(llama_context * ctx, llama_seq_id seq) {
         std::vector<uint8_t> state;
         try {
-            state.resize(n);
+            state.resize(llama_state_seq_get_size(ctx, seq));
         } catch (const std::bad_alloc &) {
             return {};
         }
-        if (llama_state_seq_get_data(ctx_, state.data(), n, seq) != n) state.clear();
+        if (llama_state_seq_get_data(ctx, state.data(), state.size(), seq) != state.size()) state.clear();
         return state;
+    }
+
+    bool restore(const Kept & kept, llama_seq_id seq) {
+        if (restore(kept.state.data(), kept.state.size(), seq) == 0) return false;
+        if (options_.draft && !kept.draft_state.empty()) {  // without it the guesses are worse, and that is all
+            llama_state_seq_set_data(options_.draft, kept.draft_state.data(), kept.draft_state.size(), seq);
+        }
+        return true;
     }
 
     // Puts what is known of the text into a sequence, `n` tokens of it. False, and the sequence is empty, if there is no
@@ -305,10 +336,10 @@ class PrefixCache {
         const auto last = static_cast<llama_pos>(known.tokens.size()) - 1;
         if (n_read == known.n_bytes && llama_memory_seq_pos_max(memory(), seq) == last &&
             (options_.whole || llama_memory_seq_pos_min(memory(), seq) == 0)) {
-            if (n < known.tokens.size()) llama_memory_seq_rm(memory(), seq, n, -1);
+            if (n < known.tokens.size()) cut(seq, n);
             return true;
         }
-        llama_memory_seq_rm(memory(), seq, -1, -1);
+        cut(seq, -1);
         const std::string why = take_last_words();
         if (n_read > 0 || n_live() == 0) text.unfit = why.empty() ? "it does not hold the tokens that it says" : why;
         return false;

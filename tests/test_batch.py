@@ -14,6 +14,8 @@ from tea_llm.errors import BadRequest, EngineClosed, EngineError
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm._llama import Context, Generation, Model, Sampler
 
+from .generating import alone, greedy, together
+
 PROMPTS = [
     "Once upon a time", "Lily and Ben", "The big red dog", "One day, a little girl", "There was a cat", "Tom", "Hello",
     "Sara was sad", "In the park", "A bird", "Max the mouse was very small and", "It was a sunny day", "Mom said",
@@ -51,25 +53,6 @@ def quantised(shared_models: Path) -> Model:
 def scripted(shared_models: Path) -> Model:
     """Says " quick brown fox …" after "The", and " one two three …" for ever after "count"."""
     return Model(shared_models / "scripted-f16.gguf")
-
-
-def greedy(context: Context, text: str, **options) -> Generation:
-    model = context.model
-    return Generation(context, Sampler(model, temperature=0), model.tokenize(text), **options)
-
-
-def alone(model: Model, text: str, max_tokens: int) -> str:
-    """What the model says where nobody else is there."""
-    return greedy(Context(model, reuse=False), text, max_tokens=max_tokens).run() or ""
-
-
-def together(context: Context, generations: Sequence[Generation]) -> list[str]:
-    """The whole text of each, computed side by side."""
-    texts = dict.fromkeys(generations, "")
-    while running := [g for g in generations if not g.ended]:
-        for generation, text in context.run(running):
-            texts[generation] += text
-    return [texts[g] for g in generations]
 
 
 # --- each is what it is alone -----------------------------------------------------------------------------------------
