@@ -686,6 +686,27 @@ def test_keep_alive_ends(endless_path):
         assert loads
 
 
+def test_a_model_that_is_opened_again_and_again_is_kept_by_one_thread(endless_path):
+    n_before = threading.active_count()
+    for _ in range(20):
+        LocalLlmBackend(endless_path, n_ctx=130, keep_alive=1000).close()
+    wait_until(lambda: threading.active_count() <= n_before + 2)  # the engine's own, and one that waits
+    LocalLlmBackend(endless_path, n_ctx=130).close()
+    wait_until(lambda: threading.active_count() == n_before)
+
+
+@pytest.mark.parametrize("keep_alive", [0, 0.01])
+def test_a_model_is_given_back_once_by_all_who_close_its_backend_at_once(endless_path, keep_alive):
+    with LocalLlmBackend(endless_path, n_ctx=131) as user:
+        engine = user._open_engine()
+        for _ in range(50):
+            backend = LocalLlmBackend(endless_path, n_ctx=131, keep_alive=keep_alive)
+            assert in_threads(*[backend.close] * 4) == [None] * 4
+            assert engine.n_users == 1
+        assert user.call(THE).content == FOX
+    assert not engine._thread.is_alive()
+
+
 KEPT = """
 import sys
 from tea_llm import LlmCallParams, LocalLlmBackend

@@ -538,8 +538,9 @@ def test_an_answer_whose_session_can_not_be_saved_is_not_lost(chatty, caplog):
     assert [record.getMessage() for record in caplog.records] == [result.session_error]
 
 
-def test_a_file_may_have_the_longest_name_there_is(chatty, tmp_path):
-    path = tmp_path / ("x" * 255)
+@pytest.mark.parametrize("name", ["x" * 255, "漢" * 85], ids=["ASCII", "UTF-8"])
+def test_a_file_may_have_the_longest_name_there_is(chatty, tmp_path, name):
+    path = tmp_path / name
     assert chatty.chat([HELLO], session=path).session_error is None
     assert path.exists()
 

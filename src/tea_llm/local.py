@@ -134,6 +134,7 @@ class LocalLlmBackend(RequestBackend):
         self._release = weakref.finalize(
             self, rooms.registry.release_engine, self._engine, self._settings.keep_alive
         )
+        self._release.atexit = False  # the registry frees all engines then; no thread can be begun to keep one alive
         self._embedding: LocalLlmBackend | None = None  # opened by the first embedding that needs it
 
     @property
@@ -154,9 +155,9 @@ class LocalLlmBackend(RequestBackend):
         """Give the model back. After its last user a text in flight ends `cancelled`, a waiting one is refused."""
         if self._embedding is not None:
             self._embedding.close()
-        engine, self._engine = self._engine, None
-        if self._release.detach():
-            _engine_rooms().registry.release_engine(engine, self._settings.keep_alive, wait=True)
+        self._engine = None
+        if held := self._release.detach():  # None for all but the first who closes
+            _engine_rooms().registry.release_engine(*held[2], wait=True)
 
     # --- text ---------------------------------------------------------------------------------------------------------
     async def written(self, params: LlmCallParams, stream: TextStream) -> Pieces:

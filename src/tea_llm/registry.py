@@ -16,6 +16,7 @@ __all__ = ["open_engine", "release_engine"]
 
 _engines: dict[tuple[Any, ...], Engine] = {}
 _ever_opened: weakref.WeakSet[Engine] = weakref.WeakSet()  # some of them still being freed
+_expiries: dict[Engine, threading.Timer] = {}  # of those that nobody uses and that are kept for a while
 _lock = threading.RLock()  # reentrant: a backend can be collected, and so released, in the middle of anything
 _load_lock = threading.Lock()  # one load at a time, during which other engines are shared and released
 
@@ -47,6 +48,8 @@ def _shared(key: tuple[Any, ...]) -> Engine | None:
         engine = _engines.get(key)
         if engine is not None:
             engine.n_users += 1
+            if expiry := _expiries.pop(engine, None):
+                expiry.cancel()  # else each use would leave a thread that waits for `keep_alive_s`
         return engine if key in _engines else None  # its last backend may have been collected in between
 
 
@@ -55,30 +58,29 @@ def release_engine(engine: Engine, keep_alive_s: float = 0, *, wait: bool = Fals
 
     With `wait` and nothing to keep it alive, it is freed when this returns; without, its own thread frees it.
     """
+    expiry = None
     with _lock:
         engine.n_users -= 1
         if engine.n_users > 0:
             return
         engine.n_releases += 1
-        n_releases = engine.n_releases
-        if keep_alive_s <= 0:
+        if keep_alive_s > 0:
+            expiry = _expiries[engine] = threading.Timer(keep_alive_s, _expire, (engine, engine.n_releases))
+        else:
             _forget(engine)
-    if keep_alive_s <= 0:
+    if expiry is None:
         engine.close(wait=wait)
     else:
-        timer = threading.Timer(keep_alive_s, _expire, (weakref.ref(engine), n_releases))
-        timer.daemon = True
-        timer.start()
+        expiry.daemon = True
+        expiry.start()
 
 
-def _expire(ref: weakref.ref[Engine], n_releases: int) -> None:
+def _expire(engine: Engine, n_releases: int) -> None:
     """Free an engine that nobody has asked for since its n-th release."""
-    engine = ref()
-    if engine is None:
-        return
     with _lock:
         if engine.n_users > 0 or engine.n_releases != n_releases:
             return
+        del _expiries[engine]
         _forget(engine)
     engine.close()
 
@@ -102,6 +104,7 @@ def _forget_all() -> None:
     global _lock, _load_lock
     _lock, _load_lock = threading.RLock(), threading.Lock()
     _engines.clear()
+    _expiries.clear()
     _ever_opened.clear()
 
 

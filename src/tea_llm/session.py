@@ -148,7 +148,7 @@ def _replace(target: Path, parts: Sequence[bytes]) -> None:
     """
     import tempfile
 
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name:.100}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tea_llm-", suffix=".part")
     part_file = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
