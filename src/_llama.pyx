@@ -335,8 +335,13 @@ cdef class Model:
     def shares_prefixes(self) -> bool:
         """Whether texts that begin alike can share what was computed: not with a sliding window or a recurrent state."""
         self._check()
-        return not (llama_model_n_swa(self._model) > 0 or llama_model_is_recurrent(self._model)
-                    or llama_model_is_hybrid(self._model))
+        return not (llama_model_n_swa(self._model) > 0 or self.is_recurrent)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some of its layers, or all, keep a state in place of each token's keys and values."""
+        self._check()
+        return llama_model_is_recurrent(self._model) or llama_model_is_hybrid(self._model)
 
     @property
     def n_mtp_layer(self) -> int:
@@ -543,7 +548,7 @@ cdef int _check_draft(Model model, draft) except -1:
     if isinstance(draft, Model):
         other = draft
         other._check()
-        if llama_model_is_recurrent(other._model) or llama_model_is_hybrid(other._model):
+        if other.is_recurrent:
             raise errors.BadRequest(
                 f"{other.path} can't guess: it has a recurrent state ({other.description}), and wrong guesses can't be "
                 "taken back from it; choose another draft model")
@@ -656,9 +661,14 @@ cdef class Context:
         self._ctx = ctx
         if not embeddings and (llama_get_memory(ctx) == NULL or model.has_encoder):
             raise errors.ModelError(f"{model.path} is an encoder ({model.description}): it embeds, and can't write text")
-        if speculation.n_draft and (llama_model_is_recurrent(model._model) or llama_model_is_hybrid(model._model)):
+        if speculation.n_draft and model.is_recurrent:
             if llama_n_rs_seq(ctx) == 0:
                 raise errors.BadRequest(f"no guesses for {model.path}: llama.cpp can't take tokens back from its state")
+            # With more, micro-batches move each other's snapshots of the state, and another text's is gone back to.
+            if n_seq_max > 1:
+                raise errors.BadRequest(
+                    f"no guesses for {model.path} with n_seq_max {n_seq_max}: llama.cpp takes tokens back from the "
+                    "state of one text only")
         if embeddings and llama_get_pooling_type(ctx) not in _POOLS_TO_ONE_VECTOR:
             raise errors.BadRequest(
                 f"pooling {self.pooling!r} does not make one vector of a text; choose 'mean', 'cls' or 'last'")

@@ -344,6 +344,9 @@ def _local(choice: _Choice, progress: Callable[[float], object] | None) -> Reque
         embedding_model_path=s.embedding_model_path if s.embedding_model_path != choice.path else None,
         keep_alive=s.keep_alive,
         queue_timeout=s.queue_timeout,
+        speculative=s.speculative,
+        draft_model_path=s.draft_model_path,
+        n_draft=s.n_draft,
         progress=progress,
     )
 

@@ -16,12 +16,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _llama
-from .errors import Cancelled, ContextOverflow, EngineBusy, EngineClosed, ModelError, SessionError
+from .errors import (
+    BadRequest,
+    Cancelled,
+    ContextOverflow,
+    EngineBusy,
+    EngineClosed,
+    ModelError,
+    ModelLoadError,
+    SessionError,
+    SettingsError,
+)
 from .models import model_digest
 from .params import Timings, Usage
 from .session import Origin, Session
@@ -42,6 +52,8 @@ _KEPT_TEXTS = 32  # that ended and may be found again, in the KV cache
 _KEPT_CELLS = 4096  # for them; more would slow small models down, by their share of the mask
 _PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
 _MAX_QUEUE = 10_000
+_N_DRAFT = 3  # with the token before them they fill the four rows that a CPU multiplies at once
+_GPU_DRAFT_ROWS = 64  # of a batch, for next tokens and guesses; a GPU computes them about as fast as one
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class EngineOptions:
     """How a model is loaded; engines with equal options and path are one engine.
 
     `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as the KV cache has.
+    `speculative` is what guesses the next `n_draft` tokens: "draft" (the model at `draft_model_path`), "mtp", "ngram",
+    or "off"; None: "draft" where there is a path.
     """
 
     n_ctx: int | None = None
@@ -58,6 +72,17 @@ class EngineOptions:
     pooling: str | None = None
     n_parallel: int | None = None
     cache_ram_mib: int | None = None
+    speculative: Literal["off", "draft", "mtp", "ngram"] | None = None
+    draft_model_path: str | None = None
+    n_draft: int | None = None
+
+    @property
+    def guess_by(self) -> Literal["off", "draft", "mtp", "ngram"]:
+        """What guesses tokens. Raises SettingsError for "draft" without a model."""
+        guess_by = self.speculative or ("draft" if self.draft_model_path else "off")
+        if guess_by == "draft" and not self.draft_model_path:
+            raise SettingsError("speculative is 'draft', and no model guesses; name one in draft_model_path")
+        return guess_by
 
 
 @dataclass(frozen=True)
@@ -157,9 +182,14 @@ class Engine:
         self._pid = os.getpid()
         self._model: _llama.Model | None = _load(path, options, on_progress)
         self._file = _stamp(path)
-        self.n_ctx = fit_n_ctx(self._model, options.n_ctx)
-        self.n_cells = fit_cells(self._model, self.n_ctx, options.n_parallel)
+        self._draft = _load_draft(options)
+        models = [self._model, *([self._draft] if isinstance(self._draft, _llama.Model) else [])]
+        self.n_ctx = fit_n_ctx(models, options.n_ctx)
+        self.n_cells = fit_cells(models, self.n_ctx, options.n_parallel)
         self.n_parallel = fit_n_parallel(self.n_cells, options.n_parallel)
+        if self._draft and self._model.is_recurrent and self.n_parallel > 1:
+            logger.info("n_parallel is 1: with a recurrent state, tokens are guessed of one text at a time")
+            self.n_parallel = 1
         self.n_threads = fit_threads(options.n_threads, self._model.size_bytes)
 
         self._wake = threading.Condition()  # guards what follows, which other threads touch
@@ -171,8 +201,17 @@ class Engine:
 
         self._live: dict[_llama.Generation, _Live] = {}  # in the order in which their prompts are read
         self._vectors: _llama.Context | None = None
+        if self._draft:
+            self._check_draft()
         self._thread = threading.Thread(target=self._main, name=f"tea_llm {Path(path).stem}", daemon=True)
         self._thread.start()
+
+    def _check_draft(self) -> None:
+        """Make the context that guesses now, and not for the first request, so that who opens the model hears of it."""
+        try:
+            self._text_context()
+        except BadRequest as exc:
+            raise ModelLoadError(f"{self.path} can't be loaded with guesses: {exc}") from exc
 
     @property
     def model(self) -> _llama.Model:
@@ -383,6 +422,9 @@ class Engine:
                 fill_fours=not on_gpu and fours_pay(model),
                 n_kept_max=_KEPT_CELLS,
                 n_host_max=self.n_cells * kv_bytes_per_token(model) if ram_mib is None else ram_mib << 20,
+                draft=self._draft,
+                n_draft=min(options.n_draft or _N_DRAFT, n_batch),
+                n_draft_rows=min(_GPU_DRAFT_ROWS, n_batch) if on_gpu else 0,
             )
             with self._wake:
                 self._text = context
@@ -403,7 +445,7 @@ class Engine:
         for used in (context, self._vectors):
             if used is not None:
                 used.close()
-        self._vectors = self._model = None
+        self._vectors = self._model = self._draft = None
 
     # --- vectors ------------------------------------------------------------------------------------------------------
     def _embed_next(self) -> None:
@@ -477,6 +519,8 @@ def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
         generation.generation_s,
         queue_s + generation.prompt_s if n_generated else None,
         generation.n_cached,
+        draft_tokens=generation.n_drafted,
+        accepted_tokens=generation.n_accepted,
         seed=generation.sampler.seed,
     )
     usage, state = Usage(generation.n_prompt, n_generated), generation.take_state()
@@ -500,10 +544,17 @@ def _stamp(path: str) -> tuple[int, ...] | None:
 
 def _load(path: str, options: EngineOptions, on_progress: Callable[[float], object] | None) -> _llama.Model:
     """The loaded model. On the caller's thread: memory of another would come from an arena that grows page by page."""
-    n_gpu_layers = -1 if options.n_gpu_layers is None else options.n_gpu_layers
     loading = _llama.Loading()
+    load = partial(
+        _llama.Model,
+        path,
+        n_gpu_layers=_gpu_layers(options),
+        loading=loading,
+        load_mtp=options.guess_by == "mtp",
+        split_load=False if options.guess_by in ("draft", "mtp") else None,
+    )
     if on_progress is None:
-        return _llama.Model(path, n_gpu_layers=n_gpu_layers, loading=loading)
+        return load()
     done = threading.Event()
 
     def report() -> None:
@@ -514,13 +565,28 @@ def _load(path: str, options: EngineOptions, on_progress: Callable[[float], obje
     reporter = threading.Thread(target=report, name="tea_llm loading", daemon=True)
     reporter.start()
     try:
-        model = _llama.Model(path, n_gpu_layers=n_gpu_layers, loading=loading)
+        model = load()
     finally:
         done.set()
         reporter.join()
     if on_progress(1.0) is False:
         raise Cancelled(f"loading {path} was cancelled")
     return model
+
+
+def _load_draft(options: EngineOptions) -> _llama.Model | Literal["mtp", "ngram"] | None:
+    """What guesses tokens, as `_llama.Context` takes it."""
+    match options.guess_by:
+        case "draft":
+            assert options.draft_model_path is not None
+            return _llama.Model(options.draft_model_path, n_gpu_layers=_gpu_layers(options), split_load=False)
+        case "mtp" | "ngram" as layers_or_text:
+            return layers_or_text
+    return None
+
+
+def _gpu_layers(options: EngineOptions) -> int:
+    return -1 if options.n_gpu_layers is None else options.n_gpu_layers
 
 
 def _cut(tokens: list[int], n_ctx: int, max_tokens: int | None, *, keep_first: bool) -> list[int]:

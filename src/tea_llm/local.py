@@ -81,7 +81,8 @@ class LocalLlmBackend(RequestBackend):
 
     `n_ctx` None is what the model was trained for, as far as memory allows; `n_threads` None is what pays for the
     model's size; `n_gpu_layers` None or -1 is all; `n_parallel` None is up to 16, as far as memory allows.
-    `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as that has. `chat_format`
+    `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as that has. `speculative`
+    ("draft" with a `draft_model_path`, "mtp", "ngram") has `n_draft` tokens guessed and checked at once. `chat_format`
     overrides the file's chat template ("chatml", "gemma"). In a raw prompt the model's control tokens may be written
     out. `progress` is called with the loaded fraction, 0 to 1; returning False cancels the load.
 
@@ -103,6 +104,9 @@ class LocalLlmBackend(RequestBackend):
         embedding_model_path: str | os.PathLike[str] | None = None,
         keep_alive: float = 0,
         queue_timeout: float | None = None,
+        speculative: str | None = None,
+        draft_model_path: str | os.PathLike[str] | None = None,
+        n_draft: int | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self.model_path = _checked_path("model_path", model_path)
@@ -120,6 +124,9 @@ class LocalLlmBackend(RequestBackend):
                 "pooling": pooling,
                 "keep_alive": keep_alive,
                 "queue_timeout": queue_timeout,
+                "speculative": speculative,
+                "draft_model_path": draft_model_path,
+                "n_draft": n_draft,
                 "chat_format": chat_format,
             },
             where=type(self).__name__,

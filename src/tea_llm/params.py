@@ -241,7 +241,7 @@ class Timings:
     """Where the time of one local call went, in seconds; `seed` is the one that was used.
 
     `queue_s` is the wait for a turn, `prompt_s` from there to the first token, `first_token_s` both. `cached_tokens` of
-    the prompt were known from earlier texts.
+    the prompt were known from earlier texts. Of `draft_tokens` that were guessed, `accepted_tokens` are in the answer.
     """
 
     queue_s: float = 0.0
@@ -249,6 +249,8 @@ class Timings:
     generation_s: float = 0.0
     first_token_s: float | None = None
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     seed: int | None = None
 
 

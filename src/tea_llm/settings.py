@@ -216,6 +216,17 @@ class LlmSettings:
         "Seconds that a request waits for its turn on a busy model; unset: as long as it may take",
         _number(0, 1e9),
     )
+    speculative: str | None = _key(
+        None,
+        "What guesses the next tokens, for the model to check at once: `draft` (the model at `draft_model_path`), "
+        "`mtp` (the model's own MTP layers), `ngram` (what the text said before) or `off`; unset: `draft` where there "
+        "is a path",
+        _one_of("off", "draft", "mtp", "ngram"),
+    )
+    draft_model_path: str | None = _key(
+        None, "The GGUF file of a smaller model with the same vocabulary, which guesses", _path, expand=expand_path
+    )
+    n_draft: int | None = _key(None, "Tokens guessed at once; unset: 3", _whole(1))
     model: str | None = _key(None, "Model name that the API is asked for", _text)
     embedding_model: str | None = _key(None, "Model name that the API is asked for embeddings", _text)
     provider: str = _key(

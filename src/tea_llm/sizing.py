@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,15 @@ _CELLS_OF_A_REQUEST = 256  # fewer for each, and requests would push each other 
 _SPARE_CELLS_BYTES = 32 << 20  # for more cells than one request may use, where nobody says how many requests
 
 
-def fit_n_ctx(model: _llama.Model, asked: int | None) -> int:
+def fit_n_ctx(models: Sequence[_llama.Model], asked: int | None) -> int:
     """The smallest of what was asked, what the model was trained for, and what half the free memory holds.
 
-    Says so when it cuts: a WARNING for what was asked, INFO for a default.
+    `models`: the one that answers, then the one that guesses for it, if there is one. Says so when it cuts: a WARNING
+    for what was asked, INFO for a default.
     """
-    trained = model.n_ctx_train or 4096
+    trained = models[0].n_ctx_train or 4096
     n_ctx, why = min(asked or trained, trained), f"the model was trained for {trained}"
-    held, free = _cells_that_fit(model)
+    held, free = _cells_that_fit(models)
     if n_ctx > held:
         n_ctx, why = held, f"free memory is {free >> 20} MiB"
     if asked and n_ctx < asked:
@@ -40,16 +42,16 @@ def fit_n_ctx(model: _llama.Model, asked: int | None) -> int:
     return n_ctx
 
 
-def fit_cells(model: _llama.Model, n_ctx: int, n_parallel: int | None) -> int:
+def fit_cells(models: Sequence[_llama.Model], n_ctx: int, n_parallel: int | None) -> int:
     """Cells of the KV cache: `n_ctx` for each of the requests that were asked for, as far as memory holds them.
 
     With fewer, requests that grow long wait for each other. Where nobody said how many requests, a small share of
     memory goes to more than one.
     """
-    n_bytes = kv_bytes_per_token(model)
+    n_bytes = sum(map(kv_bytes_per_token, models))
     if not n_bytes:
         return n_ctx
-    spare, _ = _cells_that_fit(model) if n_parallel else (_SPARE_CELLS_BYTES // n_bytes, 0)
+    spare, _ = _cells_that_fit(models) if n_parallel else (_SPARE_CELLS_BYTES // n_bytes, 0)
     return max(min(n_ctx * (n_parallel or _N_PARALLEL), spare), n_ctx)
 
 
@@ -84,9 +86,9 @@ def kv_bytes_per_token(model: _llama.Model) -> int:
     return 2 * 2 * model.n_layer * model.n_head_kv * _head_size(model)
 
 
-def _cells_that_fit(model: _llama.Model) -> tuple[int, int]:
+def _cells_that_fit(models: Sequence[_llama.Model]) -> tuple[int, int]:
     """How many cells half the free memory holds, and how many bytes are free."""
-    n_bytes, free = kv_bytes_per_token(model), _free_memory_bytes()
+    n_bytes, free = sum(map(kv_bytes_per_token, models)), _free_memory_bytes()
     if not n_bytes or not free:
         return 2**31, 0
     return max(free // 2 // n_bytes // 256 * 256, 256), free
