@@ -48,7 +48,7 @@ class Parrot(LlmBackend):
     def chat(self, messages: Any, **options: Any) -> LlmCallResult:
         return self.call(LlmCallParams("", messages=messages, **options))
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         said = ""
         for chunk in self.call(params).content.split(" "):
             said += chunk

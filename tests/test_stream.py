@@ -62,7 +62,7 @@ class Endless(LlmBackend):
     def embed(self, text: Any, **options: Any) -> Any:
         return [1.0]
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         self.n_writing += 1
         try:
             while callback(" one") is not False:
@@ -502,7 +502,7 @@ def test_streams_are_read_in_turns(endless_path):
 class Faulty(Endless):
     """Fails after a chunk."""
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         callback("a")
         raise LlmError("mine")
 

@@ -32,7 +32,7 @@ class Parrot(LlmBackend):
     def chat(self, messages: Any, **options: Any) -> LlmCallResult:
         return self.call(LlmCallParams("", messages=messages, **options))
 
-    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:  # type: ignore[override]
+    def stream(self, params: LlmCallParams, callback: Callable[[str], object]) -> LlmCallResult:
         result = self.call(params)
         for letter in result.content:
             callback(letter)

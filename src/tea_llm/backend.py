@@ -51,10 +51,10 @@ def _also_without_callback(own: Callable[..., LlmCallResult]) -> Callable[..., A
     """A backend's own `stream`, which without a callback gives a TextStream."""
 
     @functools.wraps(own)
-    def stream(self: LlmBackend, params: LlmCallParams, *callback: Any, **named: Any) -> Any:
-        if callback or named:
-            return own(self, params, *callback, **named)
-        return bridged(lambda on_chunk: own(self, params, on_chunk))
+    def stream(self: LlmBackend, params: LlmCallParams, callback: ChunkCallback | None = None, **more: Any) -> Any:
+        if callback is None:
+            return bridged(lambda on_chunk: own(self, params, on_chunk, **more))
+        return own(self, params, callback, **more)
 
     return stream
 
@@ -84,15 +84,12 @@ class LlmBackend(ABC):
     def embed(self, text: str | Sequence[str], **options: Any) -> Any:
         """The vector of a text, or a list of vectors of a list of texts."""
 
-    @overload
-    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult: ...
-
-    @overload
-    def stream(self, params: LlmCallParams, callback: None = None) -> TextStream: ...
-
     @abstractmethod
-    def stream(self, params: LlmCallParams, callback: ChunkCallback | None = None) -> LlmCallResult | TextStream:
-        """As `call`, handing each chunk of text to `callback` as soon as it is there; without one, a TextStream."""
+    def stream(self, params: LlmCallParams, callback: ChunkCallback) -> LlmCallResult:
+        """As `call`, handing each chunk of text to `callback` as soon as it is there; without one, a TextStream.
+
+        The signature is what a backend of your own has to write; those of the package have the other one too.
+        """
 
     @abstractmethod
     def is_available(self) -> bool:
@@ -108,8 +105,9 @@ class LlmBackend(ABC):
         self, messages: Sequence[Message], callback: ChunkCallback | None = None, **options: Any
     ) -> LlmCallResult | TextStream:
         """As `chat`, handing each chunk of text to `callback` as soon as it is there; without one, a TextStream."""
-        params = LlmCallParams("", messages=messages, **options)
-        return self.stream(params) if callback is None else self.stream(params, callback)
+        stream: Any = self.stream  # see __init_subclass__
+        answer: LlmCallResult | TextStream = stream(LlmCallParams("", messages=messages, **options), callback)
+        return answer
 
     def close(self) -> None:  # noqa: B027  a backend that holds nothing has nothing to write here
         """Give back what the backend holds. Closing twice is fine; a call after that raises EngineClosed."""
