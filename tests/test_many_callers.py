@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
+import pickle
 import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +329,23 @@ def test_vectors_that_are_given_up_end_no_others(shared_models):
 
         stay, *faults = in_threads(lambda: len(vectors.embed(texts * 3)), *(lambda n=n: give_up(n) for n in range(2)))
     assert (stay, faults) == (300, [[], []])
+
+
+def test_vectors_given_up_before_the_engine_has_them_are_not_computed(endless):
+    engine = endless._open_engine()
+    heard: list[int] = []
+
+    async def give_up() -> None:
+        with engine._wake:  # no request comes to the engine while this is held
+            asking = asyncio.create_task(endless.aembeddings(["one" + " cat" * 100] * 100, on_progress=heard.append))
+            await asyncio.sleep(0.1)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(give_up())  # ends when its threads have
+    wait_until(lambda: not engine._embedding)
+    assert len(heard) <= 1  # of 20 batches
 
 
 # --- whose turn it is -------------------------------------------------------------------------------------------------
@@ -705,6 +724,17 @@ def test_a_model_is_given_back_once_by_all_who_close_its_backend_at_once(endless
             assert engine.n_users == 1
         assert user.call(THE).content == FOX
     assert not engine._thread.is_alive()
+
+
+def test_a_pickled_backend_is_its_configuration(endless_path):
+    with LocalLlmBackend(endless_path, n_ctx=132, queue_timeout=0.5, chat_format="chatml") as backend:
+        pickled = pickle.dumps(backend)
+        assert len(pickled) < 1000
+        with pickle.loads(pickled) as other:
+            assert other._open_engine() is backend._open_engine()
+            assert (other.n_ctx, other.chat_format, other._settings.queue_timeout) == (132, "chatml", 0.5)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+            assert processes.submit(backend.call, THE).result().content == FOX
 
 
 KEPT = """

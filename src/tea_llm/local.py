@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check
 from .session import Session, SessionFile
 from .settings import LlmSettings, expand_path
 from .stream import Pieces, TextStream
+from .ticket import Cancellable
 
 if TYPE_CHECKING:
     import asyncio
@@ -113,24 +114,22 @@ class LocalLlmBackend(RequestBackend):
         self._embedding_model_path = (
             None if embedding_model_path is None else _checked_path("embedding_model_path", embedding_model_path)
         )
-        self._settings = LlmSettings.from_mapping(
-            {
-                "n_ctx": n_ctx,
-                "n_batch": n_batch,
-                "n_threads": n_threads,
-                "n_gpu_layers": n_gpu_layers,
-                "n_parallel": n_parallel,
-                "cache_ram_mib": cache_ram_mib,
-                "pooling": pooling,
-                "keep_alive": keep_alive,
-                "queue_timeout": queue_timeout,
-                "speculative": speculative,
-                "draft_model_path": draft_model_path,
-                "n_draft": n_draft,
-                "chat_format": chat_format,
-            },
-            where=type(self).__name__,
-        )
+        self._options: dict[str, Any] = {
+            "n_ctx": n_ctx,
+            "n_batch": n_batch,
+            "n_threads": n_threads,
+            "n_gpu_layers": n_gpu_layers,
+            "n_parallel": n_parallel,
+            "cache_ram_mib": cache_ram_mib,
+            "pooling": pooling,
+            "keep_alive": keep_alive,
+            "queue_timeout": queue_timeout,
+            "speculative": speculative,
+            "draft_model_path": draft_model_path,
+            "n_draft": n_draft,
+            "chat_format": chat_format,
+        }
+        self._settings = LlmSettings.from_mapping(self._options, where=type(self).__name__)
         self.chat_format = self._settings.chat_format
         self._progress = progress
         rooms = _engine_rooms()
@@ -289,11 +288,20 @@ class LocalLlmBackend(RequestBackend):
         dimensions: int | None,
         as_numpy: bool,
     ) -> LlmEmbedResult:
-        engine = self._open_engine()
-        is_long = sum(map(len, request.texts)) > _LONG_TEXT
-        with await _beside(loop, lambda: engine.embed(request, timeout_s=timeout_s, loop=loop), long=is_long) as ticket:
-            async for _ in ticket:
-                pass
+        caller = Cancellable()
+
+        def ask() -> Ticket[Embedded]:
+            ticket = self._open_engine().embed(request, timeout_s=timeout_s, loop=loop)
+            caller.cancel_by(ticket.cancel)
+            return ticket
+
+        try:
+            with await _beside(loop, ask, long=sum(map(len, request.texts)) > _LONG_TEXT) as ticket:
+                async for _ in ticket:
+                    pass
+        except BaseException:
+            caller.cancel()  # a thread beside the loop may hand the request to the engine only after that
+            raise
         return _embed_result(ticket.outcome, self.model, normalize, dimensions, as_numpy)
 
     def _embedding_backend(self) -> LocalLlmBackend:
@@ -316,6 +324,13 @@ class LocalLlmBackend(RequestBackend):
         if self._engine is None:
             raise EngineClosed(f"the backend of {self.model_path} is closed; make a new one")
         return self._engine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The configuration, not the weights: who unpickles it opens the model, which is shared within a process.
+        opened = partial(
+            type(self), self.model_path, embedding_model_path=self._embedding_model_path, **self._options
+        )
+        return opened, ()
 
     def __repr__(self) -> str:
         return f"LocalLlmBackend({self.model_path!r})"
