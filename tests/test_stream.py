@@ -396,6 +396,18 @@ def test_a_stream_closed_before_it_is_read_asks_nobody(server):
     assert server.seen == []
 
 
+def test_a_stream_begun_in_a_loop_without_await_outlives_the_loop(writer):
+    async def begin() -> Iterator[str]:
+        chunks = iter(writer.backend.stream(ENDLESS))
+        next(chunks)
+        return chunks
+
+    chunks = asyncio.run(begin())
+    assert next(chunks)
+    del chunks
+    assert writer.is_idle()
+
+
 # --- misuse -----------------------------------------------------------------------------------------------------------
 def test_a_stream_has_no_result_before_its_end(writer):
     stream = writer.backend.stream(ENDLESS)
