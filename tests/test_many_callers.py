@@ -752,3 +752,34 @@ def test_a_program_does_not_wait_for_models_that_are_kept_alive(endless_path):
         capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"SKBUILD_EDITABLE_VERBOSE": "0"},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{FOX}\n", "")
+
+
+LEFT_RUNNING = """
+import asyncio, sys, threading, time
+from tea_llm import LlmCallParams, LocalLlmBackend
+
+backend = LocalLlmBackend(sys.argv[1], n_parallel=2)
+params = LlmCallParams("count", temperature=0, max_tokens=None)
+texts = ["count one two three"] * 3000
+asks = [
+    *[lambda: backend.call(params)] * 3,
+    lambda: list(backend.stream(params)),
+    lambda: asyncio.run(backend.acall(params)),
+    lambda: backend.embed(texts),
+    lambda: asyncio.run(backend.aembed(texts)),
+]
+for ask in asks:
+    threading.Thread(target=ask, daemon=True).start()
+engine = backend._open_engine()
+while len(engine._live) + len(engine._waiting) < 5 or len(engine._embedding) < 2:
+    time.sleep(0.01)
+print("end of the program")
+"""
+
+
+def test_a_program_ends_without_a_word_of_the_requests_of_its_daemons(endless_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LEFT_RUNNING, endless_path],
+        capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"SKBUILD_EDITABLE_VERBOSE": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end of the program\n", "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Engine, EngineOptions
+from .ticket import fall_silent
 
 __all__ = ["open_engine", "release_engine"]
 
@@ -115,5 +116,6 @@ if hasattr(os, "register_at_fork"):
 @atexit.register
 def _close_all() -> None:
     # The engines' threads must be gone before the interpreter is: one that comes back from C then would be killed.
+    fall_silent()  # a daemon that woke up now would print a traceback: its model is closed
     for engine in list(_ever_opened):
         engine.close()

@@ -15,7 +15,7 @@ from .errors import DeadlineExceeded, EngineBusy
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Cancellable", "Ticket", "hand_out"]
+__all__ = ["Cancellable", "Ticket", "fall_silent", "hand_out"]
 
 _Outcome = TypeVar("_Outcome")
 _Event: TypeAlias = "tuple[str | None, Any]"  # a chunk, or None and the outcome or error that ends the request
@@ -146,8 +146,19 @@ class Ticket(Cancellable, Generic[_Outcome]):
         self._events.put_nowait((chunk, end))
 
 
+_program_ends = False
+
+
+def fall_silent() -> None:
+    """Hand out nothing from now on: the program ends, and only daemon threads, which end with it, wait for anything."""
+    global _program_ends
+    _program_ends = True
+
+
 def hand_out(news: Iterable[tuple[Ticket[Any], str | None, Any]]) -> None:
     """Put events into their tickets wherever their callers wait; a loop is woken once for all of its own."""
+    if _program_ends:
+        return
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket[Any], str | None, Any]]] = {}
     for event in news:
         ticket, chunk, end = event
