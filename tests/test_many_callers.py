@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ from .api_server import ApiServer, chat
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm import engine as engine_room
+from tea_llm import registry
 from tea_llm._llama import Context, Generation, Model, Sampler
 from tea_llm.engine import TextRequest
 
@@ -383,6 +385,18 @@ def test_of_those_that_wait_a_higher_priority_comes_first(single):
     assert order_of(single, *asked) == [5, 2, 4, 0, 3, 1]
 
 
+def test_who_leaves_the_queue_changes_no_turn_of_others(single):
+    engine = single._open_engine()
+    request = TextRequest("The", sampling={"temperature": 0})
+    with busy(single):
+        tickets = [engine.generate(request, priority=-n) for n in (1, 5, 2, 6, 7, 3, 4)]
+        tickets.pop(2).cancel()
+        waiting = engine._waiting
+        assert len(waiting) == 6
+        assert all(waiting[(i - 1) // 2] < waiting[i] for i in range(1, 6))  # the first is next, and so on (heapq)
+    assert ["".join(ticket) for ticket in tickets] == [FOX] * 6
+
+
 def test_a_short_prompt_comes_before_a_long_one(single):
     asked = [the(prompt="The" + " cat" * n) for n in (4000, 2000, 1)]
     assert order_of(single, *asked) == [2, 1, 0]
@@ -494,6 +508,16 @@ def test_leaving_in_the_middle_of_a_long_prompt_frees_its_place(endless, beside,
         wait_until(lambda: len(endless._open_engine()._live) == (beside != "alone"))
         assert time.monotonic() - begun < 1  # 100 ms and a batch where the machine is idle
         assert endless.call(THE).content == FOX
+
+
+def test_leaving_a_ticket_before_its_outcome_ends_the_request(single):
+    engine = single._open_engine()
+    with engine.generate(TextRequest("count", sampling={"temperature": 0}, stream=True)) as ticket:
+        assert next(ticket) == " one"
+        assert engine._live
+    begun = time.monotonic()
+    wait_until(lambda: not engine._live)
+    assert time.monotonic() - begun < 2  # the text would take more than twice as long
 
 
 def test_those_who_leave_disturb_none_of_those_who_stay(endless):
@@ -692,6 +716,30 @@ def test_keep_alive_keeps_a_model_after_its_last_user_for_a_while(endless_path):
     assert again.call(THE).content == FOX
     again.close()
     assert not engine._thread.is_alive()
+
+
+def test_an_expiry_that_comes_while_a_model_is_used_again_frees_nothing(endless_path):
+    backend = LocalLlmBackend(endless_path, n_ctx=133, keep_alive=0.01)
+    engine = backend._open_engine()
+    backend.close()
+    expiry = registry._expiries[engine]
+    with registry._lock:
+        time.sleep(0.1)  # the expiry waits for the lock
+        LocalLlmBackend(endless_path, n_ctx=133, keep_alive=1000).close()
+    expiry.join()
+    with LocalLlmBackend(endless_path, n_ctx=133) as again:
+        assert again._open_engine() is engine
+        assert again.call(THE).content == FOX
+    assert not engine._thread.is_alive()
+
+
+def test_a_file_that_was_written_to_is_another_model(endless_path, tmp_path):
+    path = tmp_path / "model.gguf"
+    shutil.copy(endless_path, path)
+    with LocalLlmBackend(path) as first, LocalLlmBackend(path) as second:
+        os.utime(path, (1, 1))
+        with LocalLlmBackend(path) as third:
+            assert first._open_engine() is second._open_engine() is not third._open_engine()
 
 
 def test_keep_alive_ends(endless_path):

@@ -85,9 +85,9 @@ class Writer:
 
 @pytest.fixture(scope="module")
 def endless_path(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripted model with room for a text of 20 seconds."""
+    """The scripted model with room for a text of minutes."""
     scripted = shared_models / "scripted-f16.gguf"
-    return with_trained_context(scripted, 16384, tmp_path_factory.mktemp("endless") / "endless.gguf")
+    return with_trained_context(scripted, 65536, tmp_path_factory.mktemp("endless") / "endless.gguf")
 
 
 def _local(path: Path, server: ApiServer) -> Writer:
@@ -287,6 +287,20 @@ def test_leaving_an_async_stream_ends_its_text(writer, leave):
         stream.result  # noqa: B018
 
 
+def test_a_loop_that_is_closed_in_the_middle_ends_its_text(endless_path):
+    async def begin() -> Any:
+        chunks = aiter(backend.stream(ENDLESS))
+        await anext(chunks)
+        return chunks
+
+    with LocalLlmBackend(endless_path, n_parallel=1) as backend, soon():
+        loop = asyncio.new_event_loop()
+        chunks = loop.run_until_complete(begin())
+        loop.close()  # and nobody has told the stream
+        assert backend.call(LlmCallParams("The", max_tokens=1)).content
+        del chunks
+
+
 def test_a_deadline_ends_a_stream(endless_path):
     with LocalLlmBackend(endless_path, n_parallel=1) as backend:
         with soon(), pytest.raises(DeadlineExceeded):
@@ -398,8 +412,10 @@ def test_a_stream_closed_before_it_is_read_asks_nobody(server):
 
 def test_a_stream_begun_in_a_loop_without_await_outlives_the_loop(writer):
     async def begin() -> Iterator[str]:
+        hooks = sys.get_asyncgen_hooks()
         chunks = iter(writer.backend.stream(ENDLESS))
         next(chunks)
+        assert sys.get_asyncgen_hooks() == hooks  # the loop's
         return chunks
 
     chunks = asyncio.run(begin())

@@ -178,7 +178,7 @@ class Engine:
     ) -> None:
         self.path = path
         self.options = options
-        self.n_users = self.n_releases = 0  # counted by the registry
+        self.n_users = 0  # counted by the registry
         self._pid = os.getpid()
         self._model: _llama.Model | None = _load(path, options, on_progress)
         self._file = _stamp(path)

@@ -64,9 +64,8 @@ def release_engine(engine: Engine, keep_alive_s: float = 0, *, wait: bool = Fals
         engine.n_users -= 1
         if engine.n_users > 0:
             return
-        engine.n_releases += 1
         if keep_alive_s > 0:
-            expiry = _expiries[engine] = threading.Timer(keep_alive_s, _expire, (engine, engine.n_releases))
+            expiry = _expiries[engine] = threading.Timer(keep_alive_s, _expire, (engine,))
         else:
             _forget(engine)
     if expiry is None:
@@ -76,10 +75,10 @@ def release_engine(engine: Engine, keep_alive_s: float = 0, *, wait: bool = Fals
         expiry.start()
 
 
-def _expire(engine: Engine, n_releases: int) -> None:
-    """Free an engine that nobody has asked for since its n-th release."""
+def _expire(engine: Engine) -> None:
+    """Free an engine that nobody has asked for since this timer began."""
     with _lock:
-        if engine.n_users > 0 or engine.n_releases != n_releases:
+        if _expiries.get(engine) is not threading.current_thread():
             return
         del _expiries[engine]
         _forget(engine)
