@@ -27,11 +27,14 @@ def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
     return copy
 
 
-def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16) -> Path:
+def write_random(
+    arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16, quantised: str | None = None
+) -> Path:
     """A model of `arch`, tiny and always the same.
 
     "gpt2" (learned positions), "gemma2" (sliding window, on every other layer), "mamba" (recurrent), and two that bring
-    their own draft layer (MTP): "glm4moe" (attention only), "qwen35" (a recurrent layer, then attention).
+    their own draft layer (MTP): "glm4moe" (attention only), "qwen35" (a recurrent layer, then attention). `quantised`:
+    the type of what batches are multiplied with, "Q4_0".
     """
     gguf = pytest.importorskip("gguf", reason="gguf writes the random models")
     np = pytest.importorskip("numpy")
@@ -86,7 +89,11 @@ def write_random(arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16
             values[:_N_NO_WORD] = 0  # answers are words, and end nowhere
         if name.endswith("eh_proj.weight"):
             values[:, :_N_EMBD] = 2 * np.eye(_N_EMBD)  # the token, as the first layer sees it, and noise
-        writer.add_tensor(name, values)
+        if quantised and len(shape) == 2 and "position" not in name:
+            kind = gguf.GGMLQuantizationType[quantised]
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -27,6 +27,10 @@ def test_attention_is_right_and_the_same_bits_in_any_company() -> None:
     assert said_by("native_attention") == (0, "all right")
 
 
+def test_a_product_with_four_bit_weights_is_the_one_of_ggml_to_the_last_bit() -> None:
+    assert said_by("native_matmul") == (0, "all right")
+
+
 def test_a_batch_that_many_threads_ask_cancel_and_wake_gives_each_its_own_text() -> None:
     """For races, `ci/test-native --races` runs it under ThreadSanitizer."""
     assert said_by("native_many_callers", packaged_model(), "4") == (0, "all right")
