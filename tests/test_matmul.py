@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
