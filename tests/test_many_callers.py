@@ -40,7 +40,7 @@ pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cp
 from tea_llm import engine as engine_room
 from tea_llm import registry
 from tea_llm._llama import Context, Generation, Model, Sampler
-from tea_llm.engine import TextRequest
+from tea_llm.engine import EmbedRequest, TextRequest
 
 from .random_models import with_trained_context
 
@@ -312,6 +312,20 @@ def test_vectors_do_not_wait_for_the_end_of_a_text_that_nobody_streams(endless):
         assert len(endless.embed("count one two")) == 448
         assert engine._live
     wait_until(lambda: not engine._live)
+
+
+def test_a_few_vectors_do_not_wait_for_many(endless):
+    engine = endless._open_engine()
+    heard: list[str] = []
+
+    def long_heard(n_done: int) -> None:
+        heard.append("long")
+        if len(heard) == 1:
+            engine.embed(EmbedRequest(["one"], on_progress=lambda n_done: heard.append("short")))
+
+    endless.embed(["count one" + " two" * 40] * 100, on_progress=long_heard)
+    assert len(heard) > 5
+    assert heard[:3] == ["long", "long", "short"] or heard[:2] == ["long", "short"]
 
 
 def test_vectors_that_are_given_up_end_no_others(shared_models):
