@@ -69,6 +69,7 @@ class PrefixCache {
         if (match.kept != kept_.end() && (options_.whole || n == match.kept->tokens.size() || !spare(match.kept))) {
             if (match.kept->seq >= 0) return take_over(text, match.kept, n);
         }
+        touch(match.kept);  // so that others leave host memory before it
         const llama_seq_id seq = take_sequence(match.kept);
         if (seq < 0) return false;
         text->n_past = text->n_shared = 0;
@@ -81,7 +82,6 @@ class PrefixCache {
             if (n < match.kept->tokens.size()) cut(seq, n);
             text->n_past = n;
         }
-        touch(match.kept);
         occupy(text, seq);
         return true;
     }

@@ -33,16 +33,26 @@ const Setting settings[] = {  // n_seq, reuse, whole, n_kept_max, n_host_max
     {"texts wait for cells, kept ones go into host memory", 384, {8, true, false, 64, 4 << 20}, true},
     {"more texts than sequences", 1024, {3, true, false, 256, 1 << 20}, false},
     {"texts share nothing, as recurrent models want it", 1024, {8, true, true, 256, 4 << 20}, false},
+    {"host memory holds two long texts", 1536, {4, true, false, 1024, 300 << 10}, false},
 };
 
-const char * const prompts[] = {
+std::string times(int n, const std::string & text) {
+    std::string all;
+    for (; n > 0; --n) all += text;
+    return all;
+}
+
+const std::string prompts[] = {
     "Once upon a time, there was a little girl named Lily.",
     "Once upon a time, there was a little girl named Lily. She loved to play outside with her red ball. One day, she saw "
     "a big dog. The dog wanted the ball. Lily said, \"No, it is my ball!\" The dog was sad.",
     "Tom and his mom went to the park.",
     "Tom",
-    "The big dog was happy. The big dog was happy. The big dog was happy. The big dog was happy. The big dog was happy. "
-    "The big dog was happy. The big dog was happy. The big dog was happy. The big dog was happy. The big dog was happy. ",
+    times(10, "The big dog was happy. "),
+    times(18, "Tom ran to the park. "),  // long enough to be taken back from host memory
+    times(18, "Lily ran to the park. "),
+    times(18, "Ben ran to the park. "),
+    times(18, "Mom ran to the park. "),
 };
 constexpr size_t n_prompts = std::size(prompts);
 constexpr int32_t n_longest = 120;  // tokens to generate
@@ -86,10 +96,10 @@ class Server {
         ggml_threadpool_free(threads_);
     }
 
-    std::shared_ptr<Caller> ask(const char * prompt, int32_t n_max, bool stream) {
+    std::shared_ptr<Caller> ask(const std::string & prompt, int32_t n_max, bool stream) {
         auto caller = std::make_shared<Caller>();
         caller->tokens.resize(512);
-        caller->tokens.resize(llama_tokenize(vocab_, prompt, static_cast<int32_t>(std::strlen(prompt)), caller->tokens.data(), 512, true, false));
+        caller->tokens.resize(llama_tokenize(vocab_, prompt.data(), static_cast<int32_t>(prompt.size()), caller->tokens.data(), 512, true, false));
         caller->n_prompt = caller->tokens.size();
         caller->n_max = n_max;
         caller->stream = stream;
