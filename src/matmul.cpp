@@ -1,10 +1,10 @@
-// Multiplies weights of 4 bits (Q4_0) with a batch, on x86 with AVX-512 VNNI. Compiled into ggml-cpu in place of ggml's
-// kernel for repacked weights (arch/x86/repack.cpp), which serves what ours leaves out.
+// Multiplies weights of 4 and 8 bits (Q4_0, Q8_0) with a batch, on x86 with AVX-512 VNNI. Compiled into ggml-cpu in place
+// of ggml's kernels for it (arch/x86/repack.cpp and llamafile/sgemm.cpp), which serve what ours leave out.
 //
-// VNNI multiplies unsigned bytes with signed ones. ggml's makes the weights signed and takes three more instructions for
-// each product to mend the signs. Here weights stay the unsigned numbers 0 to 15 that they are stored as, eight more than
-// they stand for, and eight times the sum of the row's values is taken off. All of it is done in whole numbers, and the
-// blocks are added up in the same order: the results are the same bits.
+// VNNI multiplies unsigned bytes with signed ones. ggml's make the weights unsigned for each product anew, and mend the
+// signs of what they are multiplied with. Here weights are made unsigned once, by adding 8 or 128, and as many times the
+// sum of the row's values is taken off again. All of it is done in whole numbers, and the blocks are added up in the same
+// order: the results are the same bits.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,8 +13,12 @@
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 #include "ggml-cpu-impl.h"  // immintrin.h
+#include "llamafile/sgemm.h"
 #include "repack.h"
 
+extern "C" bool tea_upstream_llamafile_sgemm(
+    const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
+    int64_t ldb, void * c, int64_t ldc, int a_type, int b_type, int c_type);
 extern "C" void tea_upstream_gemm_q4_0_8x8_q8_0(
     int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
 
@@ -22,6 +26,7 @@ extern "C" void tea_upstream_gemm_q4_0_8x8_q8_0(
 
 namespace {
 
+// --- Q4_0, eight columns interleaved ---------------------------------------------------------------------------------
 constexpr int COLUMNS = 16;  // of the weights, computed at once: two interleaved blocks of eight
 constexpr int GROUPS = 4;    // of four interleaved rows, at most
 
@@ -75,6 +80,9 @@ void multiply(int n, const block_q4_0x8 * left, const block_q4_0x8 * right, cons
     __m512 sums[4 * N];
     for (__m512 & sum : sums) sum = _mm512_setzero_ps();
     for (int b = 0; b < n; ++b) {
+        for (int line = 0; line < 5; ++line) {  // the next sixteen columns
+            _mm_prefetch(reinterpret_cast<const char *>(left + 2 * (n + b)) + 64 * line, _MM_HINT_T0);
+        }
         __m512i weights[8];
         read_weights(left[b], right[b], weights);
         const __m512 scales = read_scales(left[b], right[b]);
@@ -97,7 +105,120 @@ void multiply(int n, const block_q4_0x8 * left, const block_q4_0x8 * right, cons
 
 constexpr decltype(&multiply<1>) multiply_groups[GROUPS] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>};
 
+// --- Q8_0, row by row --------------------------------------------------------------------------------------------------
+constexpr int64_t WEIGHT_ROWS = 4;  // computed at once, two in a vector
+constexpr int64_t VALUE_ROWS = 8;   // multiplied with them at once, at most
+
+struct Values {  // a block of the rows that weights are multiplied with
+    const int8_t * qs;
+    float scale;
+    alignas(32) int32_t offset[8];
+};
+
+void read_values(const block_q8_0 * b, Values * out, int64_t n) {
+    const __m256i by_128 = _mm256_set1_epi8(static_cast<char>(0x80));
+    for (int64_t i = 0; i < n; ++i) {
+        const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b[i].qs));
+        const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), by_128, values);
+        out[i].qs = b[i].qs;
+        out[i].scale = _cvtsh_ss(b[i].d);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out[i].offset), _mm256_sub_epi32(_mm256_setzero_si256(), sums));
+    }
+}
+
+inline __m512i twice(const void * eight) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(eight)));
+}
+
+inline __m512i read_pair(const block_q8_0 & first, const block_q8_0 & second) {
+    const __m256i f = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(first.qs));
+    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(second.qs));
+    return _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(f), s, 1), _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+
+inline __m512 read_pair_scales(const block_q8_0 & first, const block_q8_0 & second) {
+    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(_cvtsh_ss(first.d)), _mm512_set1_ps(_cvtsh_ss(second.d)));
+}
+
+inline float sum_of(__m256 x) {  // in the order of ggml's
+    __m128 sum = _mm_add_ps(_mm256_extractf128_ps(x, 1), _mm256_castps256_ps128(x));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Four rows of `a` times N rows of values, k blocks each.
+template <int N>
+void multiply_rows(int64_t k, const block_q8_0 * a, int64_t lda, const Values * values, float * c, int64_t ldc) {
+    __m512 sums[N][2];
+    for (auto & pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < k; ++b) {
+        for (int line = 0; line < 3; ++line) {  // the next four rows, which the processor would not guess in time
+            _mm_prefetch(reinterpret_cast<const char *>(a + 4 * (lda + b)) + 64 * line, _MM_HINT_T0);
+        }
+        const __m512i weights[2] = {read_pair(a[b], a[lda + b]), read_pair(a[2 * lda + b], a[3 * lda + b])};
+        const __m512 scales[2] = {read_pair_scales(a[b], a[lda + b]), read_pair_scales(a[2 * lda + b], a[3 * lda + b])};
+#pragma GCC unroll 8
+        for (int row = 0; row < N; ++row) {
+            const Values & v = values[row * k + b];
+            const __m512i qs = twice(v.qs), offset = twice(v.offset);
+            for (int pair = 0; pair < 2; ++pair) {
+                const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(offset, weights[pair], qs));
+                const __m512 scale = _mm512_mul_ps(scales[pair], _mm512_set1_ps(v.scale));
+                sums[row][pair] = _mm512_fmadd_ps(scale, dot, sums[row][pair]);
+            }
+        }
+    }
+    for (int row = 0; row < N; ++row) {
+        for (int pair = 0; pair < 2; ++pair) {
+            c[row * ldc + 2 * pair] = sum_of(_mm512_castps512_ps256(sums[row][pair]));
+            c[row * ldc + 2 * pair + 1] = sum_of(_mm512_extractf32x8_ps(sums[row][pair], 1));
+        }
+    }
+}
+
+constexpr decltype(&multiply_rows<1>) multiply_n_rows[VALUE_ROWS] = {
+    multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
+    multiply_rows<5>, multiply_rows<6>, multiply_rows<7>, multiply_rows<8>,
+};
+
+// This thread's share of `m` weight rows, a multiple of four, times `n` rows of values.
+void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const block_q8_0 * a, int64_t lda,
+                    const block_q8_0 * b, int64_t ldb, float * c, int64_t ldc) {
+    static thread_local std::vector<Values> values;
+    const int64_t n_fours = m / WEIGHT_ROWS;
+    const int64_t begin = n_fours * params->ith / params->nth * WEIGHT_ROWS;
+    const int64_t end = n_fours * (params->ith + 1) / params->nth * WEIGHT_ROWS;
+    constexpr int64_t at_once = 32;  // rows of values, so that they stay in the cache
+    for (int64_t from = 0; from < n; from += at_once) {
+        const int64_t n_values = std::min(n - from, at_once);
+        values.resize(n_values * k);
+        for (int64_t i = 0; i < n_values; ++i) read_values(b + (from + i) * ldb, values.data() + i * k, k);
+        for (int64_t row = begin; row < end; row += WEIGHT_ROWS) {
+            for (int64_t i = 0; i < n_values; i += VALUE_ROWS) {
+                const int64_t n_rows = std::min(n_values - i, VALUE_ROWS);
+                float * out = c + (from + i) * ldc + row;
+                multiply_n_rows[n_rows - 1](k, a + row * lda, lda, values.data() + i * k, out, ldc);
+            }
+        }
+    }
+}
+
 }  // namespace
+
+// What llamafile/sgemm.h says: C = A B for a batch of `n` rows; `k`, `lda` and `ldb` count blocks.
+extern "C" bool llamafile_sgemm(
+    const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
+    int64_t ldb, void * c, int64_t ldc, int a_type, int b_type, int c_type) {
+    if (a_type != GGML_TYPE_Q8_0 || b_type != GGML_TYPE_Q8_0 || c_type != GGML_TYPE_F32 || n < 2) {
+        return tea_upstream_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
+    }
+    const auto * weights = static_cast<const block_q8_0 *>(a);
+    auto * out = static_cast<float *>(c);
+    const int64_t m_ours = m / WEIGHT_ROWS * WEIGHT_ROWS;
+    multiply_share(params, m_ours, n, k, weights, lda, static_cast<const block_q8_0 *>(b), ldb, out, ldc);
+    return m_ours == m || tea_upstream_llamafile_sgemm(params, m - m_ours, n, k, weights + m_ours * lda, lda, b, ldb,
+                                                       out + m_ours, ldc, a_type, b_type, c_type);
+}
 
 // `nr` rows, a multiple of 4, times `nc` columns of length `n` into `s`, whose rows are `bs` apart.
 extern "C" void ggml_gemm_q4_0_8x8_q8_0(
@@ -123,6 +244,12 @@ extern "C" void ggml_gemm_q4_0_8x8_q8_0(
 }
 
 #else
+
+extern "C" bool llamafile_sgemm(
+    const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
+    int64_t ldb, void * c, int64_t ldc, int a_type, int b_type, int c_type) {
+    return tea_upstream_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
+}
 
 extern "C" void ggml_gemm_q4_0_8x8_q8_0(
     int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
