@@ -22,7 +22,7 @@ extern "C" bool tea_upstream_llamafile_sgemm(
 extern "C" void tea_upstream_gemm_q4_0_8x8_q8_0(
     int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 namespace {
 
@@ -115,13 +115,15 @@ struct Values {  // a block of the rows that weights are multiplied with
     alignas(32) int32_t offset[8];
 };
 
+inline float to_float(ggml_half x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+
 void read_values(const block_q8_0 * b, Values * out, int64_t n) {
     const __m256i by_128 = _mm256_set1_epi8(static_cast<char>(0x80));
     for (int64_t i = 0; i < n; ++i) {
         const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b[i].qs));
         const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), by_128, values);
         out[i].qs = b[i].qs;
-        out[i].scale = _cvtsh_ss(b[i].d);
+        out[i].scale = to_float(b[i].d);
         _mm256_store_si256(reinterpret_cast<__m256i *>(out[i].offset), _mm256_sub_epi32(_mm256_setzero_si256(), sums));
     }
 }
@@ -137,7 +139,7 @@ inline __m512i read_pair(const block_q8_0 & first, const block_q8_0 & second) {
 }
 
 inline __m512 read_pair_scales(const block_q8_0 & first, const block_q8_0 & second) {
-    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(_cvtsh_ss(first.d)), _mm512_set1_ps(_cvtsh_ss(second.d)));
+    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(to_float(first.d)), _mm512_set1_ps(to_float(second.d)));
 }
 
 inline float sum_of(__m256 x) {  // in the order of ggml's
