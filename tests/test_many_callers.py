@@ -500,6 +500,20 @@ def test_a_queue_that_is_full_refuses_at_once(single, monkeypatch):
     assert ["".join(ticket) for ticket in tickets[1:]] == [FOX] * 3
 
 
+def test_a_cancel_waits_for_nobody_who_waits_for_it(single):
+    """As where a collection of garbage cancels a stream of its own in the midst of another request."""
+    engine = single._open_engine()
+    with busy(single):
+        ticket = engine.generate(TextRequest("The", sampling={"temperature": 0}))
+        with engine._wake:
+            leaving = threading.Thread(target=ticket.cancel)
+            leaving.start()
+            leaving.join(SOON_S)
+            assert not leaving.is_alive()
+    assert list(ticket) == []
+    assert ticket.outcome.finish_reason == "cancelled"
+
+
 # --- leaving ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("beside", ["alone", "beside others"])
 @pytest.mark.parametrize("way", ["timeout", "task"])

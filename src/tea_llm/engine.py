@@ -53,6 +53,7 @@ _CELLS_OF_A_TEXT = 256  # fewer for each would keep more of them than there is r
 _KEPT_CELLS = 4096  # for them; more would slow small models down, by their share of the mask
 _PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
 _MAX_QUEUE = 10_000
+_LOCK_PATIENCE_S = 0.2
 _N_DRAFT = 3  # with the token before them they fill the four rows that a CPU multiplies at once
 _GPU_DRAFT_ROWS = 64  # of a batch, for next tokens and guesses; a GPU computes them about as fast as one
 
@@ -309,10 +310,15 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         """Answer the cancelled among the texts that wait."""
-        with self._wake:
+        # Who holds the lock may be collecting garbage, and wait for the ticket that is being cancelled here.
+        if not self._wake.acquire(timeout=_LOCK_PATIENCE_S):
+            return  # it is answered when its turn comes
+        try:
             dropped = [waiting for waiting in self._waiting if waiting[2].ticket.cancelled]
             self._waiting = [waiting for waiting in self._waiting if not waiting[2].ticket.cancelled]
             heapq.heapify(self._waiting)
+        finally:
+            self._wake.release()
         hand_out([(job.ticket, None, Cancelled("the request was cancelled before its turn")) for _, _, job in dropped])
 
     def _interrupt(self) -> None:
