@@ -253,6 +253,8 @@ void multiply_interleaved(int n, float * s, size_t bs, const Weights * weights, 
 }
 
 // --- Q8_0, row by row --------------------------------------------------------------------------------------------------
+#ifdef GGML_USE_LLAMAFILE  // GGML_LLAMAFILE=OFF leaves these products to ggml's single rows
+
 constexpr int64_t WEIGHT_ROWS = 4;  // computed at once, two in a vector
 constexpr int64_t VALUE_ROWS = 8;   // multiplied with them at once, at most
 
@@ -350,8 +352,11 @@ void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, in
     }
 }
 
+#endif
+
 }  // namespace
 
+#ifdef GGML_USE_LLAMAFILE
 // What llamafile/sgemm.h says: C = A B for a batch of `n` rows; `k`, `lda` and `ldb` count blocks.
 extern "C" bool llamafile_sgemm(
     const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
@@ -366,6 +371,7 @@ extern "C" bool llamafile_sgemm(
     return m_ours == m || tea_upstream_llamafile_sgemm(params, m - m_ours, n, k, weights + m_ours * lda, lda, b, ldb,
                                                        out + m_ours, ldc, a_type, b_type, c_type);
 }
+#endif
 
 // `nr` rows, a multiple of 4, times `nc` columns, a multiple of 8, of length `n` into `s`, whose rows are `bs` apart.
 extern "C" void ggml_gemm_q4_0_8x8_q8_0(
@@ -384,11 +390,13 @@ extern "C" void ggml_gemm_q4_K_8x8_q8_K(
 
 #else
 
+#ifdef GGML_USE_LLAMAFILE
 extern "C" bool llamafile_sgemm(
     const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
     int64_t ldb, void * c, int64_t ldc, int a_type, int b_type, int c_type) {
     return tea_upstream_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
 }
+#endif
 
 extern "C" void ggml_gemm_q4_0_8x8_q8_0(
     int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc) {
