@@ -366,6 +366,11 @@ def test_draft_without_a_model_that_drafts_is_a_mistake_in_the_settings(counts):
         LocalLlmBackend(counts, speculative="draft")
 
 
+def test_a_model_that_only_embeds_is_loaded_with_settings_for_texts(shared_models):
+    with LocalLlmBackend(shared_models / "all-MiniLM-L6-v2-f16.gguf", speculative="ngram") as backend:
+        assert len(backend.embed("a text")) == 384
+
+
 async def _both(backend: LocalLlmBackend) -> list[LlmCallResult]:
     return await asyncio.gather(*(backend.acall(LlmCallParams(text, max_tokens=30)) for text in ("ab", "ac")))
 

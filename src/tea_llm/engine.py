@@ -214,6 +214,8 @@ class Engine:
             self._text_context()
         except BadRequest as exc:
             raise ModelLoadError(f"{self.path} can't be loaded with guesses: {exc}") from exc
+        except ModelError as exc:  # an encoder, which embeds: who asks it for a text hears of it then
+            logger.debug("no guesses: %s", exc)
 
     @property
     def model(self) -> _llama.Model:
