@@ -263,9 +263,8 @@ def cancel_from_another_thread(caller: Caller, ask: Ask) -> Said:
         timer.join()
 
 
-def be_called(caller: Caller, ask: Ask) -> Said:
-    """A callback for each chunk, which may end the text by False or by an error."""
-    heard: list[str] = []
+def _ear(caller: Caller, heard: list[str]) -> Callable[[str], bool]:
+    """A callback that keeps what it hears, and may end the text by False or by an error."""
     n, error = caller.draw.choice([None, None, 0, 1, 5]), caller.draw.random() < 0.5
 
     def hear(chunk: str) -> bool:
@@ -277,8 +276,14 @@ def be_called(caller: Caller, ask: Ask) -> Said:
             raise _OnPurposeError
         return False
 
+    return hear
+
+
+def be_called(caller: Caller, ask: Ask) -> Said:
+    """A callback for each chunk."""
+    heard: list[str] = []
     try:
-        return _whole(caller.crowd.backend.stream(ask.params, hear), heard)
+        return _whole(caller.crowd.backend.stream(ask.params, _ear(caller, heard)), heard)
     except _OnPurposeError:
         return _part(heard, "callback failed")
 
@@ -367,22 +372,16 @@ async def aread_in_part(caller: Caller, ask: Ask) -> Said:
 
 
 async def abe_called(caller: Caller, ask: Ask) -> Said:
-    """A coroutine for each chunk, which may end the text by False or by an error."""
+    """A coroutine for each chunk, which waits a turn of the loop."""
     heard: list[str] = []
-    n, error = caller.draw.choice([None, None, 0, 1, 5]), caller.draw.random() < 0.5
+    hear = _ear(caller, heard)
 
-    async def hear(chunk: str) -> bool:
-        caller.hears()
-        heard.append(chunk)
+    async def hear_later(chunk: str) -> bool:
         await asyncio.sleep(0)
-        if n is None or len(heard) <= n:
-            return True
-        if error:
-            raise _OnPurposeError
-        return False
+        return hear(chunk)
 
     try:
-        return _whole(await caller.crowd.backend.astream(ask.params, hear), heard)
+        return _whole(await caller.crowd.backend.astream(ask.params, hear_later), heard)
     except _OnPurposeError:
         return _part(heard, "callback failed")
 

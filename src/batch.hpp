@@ -283,7 +283,6 @@ class Batch {
             text.n_accepted += n;
             if (n < text.draft.size()) cache_.drop_guesses(text);
             speculator_->accept(text, n);
-            text.draft.clear();
         }
         if (finish != RUNNING) end(text, finish, texts);
     }

@@ -223,6 +223,7 @@ void multiply(int n, const block_q4_Kx8 * left, const block_q4_Kx8 * right, cons
     for (int row = 0; row < 4 * N; ++row) _mm512_storeu_ps(out + row * stride, _mm512_sub_ps(sums[row], least[row]));
 }
 
+// All rows times all columns, by the largest tiles that fit.
 template <int BLOCK, class OfRows, class Weights, class Values>
 void multiply_interleaved(int n, float * s, size_t bs, const Weights * weights, const Values * a, int nr, int nc) {
     const int n_blocks = n / BLOCK;

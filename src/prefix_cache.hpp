@@ -89,7 +89,7 @@ class PrefixCache {
     // The state of a live text, to be `Known` elsewhere. Empty where there is none, or no memory for it.
     std::vector<uint8_t> state_of(const Text & text) const {
         if (text.seq < 0 || text.n_past == 0) return {};
-        return copy_state(ctx_, text.seq);
+        return copy_state(ctx_, text.seq, SIZE_MAX);
     }
 
     // Drops what was computed beyond the text's `n_past`: guesses that were wrong.
@@ -300,22 +300,23 @@ class PrefixCache {
     }
 
     bool save(Kept & kept) {
-        const size_t n = options_.n_host_max == 0 ? 0 : llama_state_seq_get_size(ctx_, kept.seq);
-        if (n == 0 || n > options_.n_host_max) return false;
-        kept.state = copy_state(ctx_, kept.seq);
-        if (options_.draft && !kept.state.empty()) kept.draft_state = copy_state(options_.draft, kept.seq);
+        if (options_.n_host_max == 0) return false;
+        kept.state = copy_state(ctx_, kept.seq, options_.n_host_max);
+        if (options_.draft && !kept.state.empty()) kept.draft_state = copy_state(options_.draft, kept.seq, SIZE_MAX);
         return !kept.state.empty();
     }
 
-    // Empty where there is no memory for it.
-    static std::vector<uint8_t> copy_state(llama_context * ctx, llama_seq_id seq) {
+    // Empty where it is larger than `n_max` bytes, and where there is no memory for it.
+    static std::vector<uint8_t> copy_state(llama_context * ctx, llama_seq_id seq, size_t n_max) {
         std::vector<uint8_t> state;
+        const size_t n = llama_state_seq_get_size(ctx, seq);
+        if (n > n_max) return state;
         try {
-            state.resize(llama_state_seq_get_size(ctx, seq));
+            state.resize(n);
         } catch (const std::bad_alloc &) {
             return {};
         }
-        if (llama_state_seq_get_data(ctx, state.data(), state.size(), seq) != state.size()) state.clear();
+        if (llama_state_seq_get_data(ctx, state.data(), n, seq) != n) state.clear();
         return state;
     }
 

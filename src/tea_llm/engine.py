@@ -35,7 +35,7 @@ from .errors import (
 from .models import model_digest
 from .params import Timings, Usage
 from .session import Origin, Session
-from .sizing import fit_cells, fit_n_ctx, fit_n_parallel, fit_threads, fours_pay, kv_bytes_per_token
+from .sizing import fit_cells, fit_n_ctx, fit_n_kept, fit_n_parallel, fit_threads, fours_pay, kv_bytes_per_token
 from .ticket import Ticket, hand_out
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ logger = logging.getLogger("tea_llm")
 _CPU_BATCH, _GPU_BATCH = 128, 512  # tokens computed at once; more makes a CPU no faster, and others wait for longer
 _EMBED_BATCH = 512  # tokens computed at once; a longer text gets a larger context
 _EMBED_TEXTS = 64  # sequences in one batch
-_KEPT_TEXTS = 32  # that ended and may be found again, in the KV cache; llama.cpp has a row of logits for each
-_CELLS_OF_A_TEXT = 256  # fewer for each would keep more of them than there is room for
-_KEPT_CELLS = 4096  # for them; more would slow small models down, by their share of the mask
+_KEPT_CELLS = 4096  # for ended texts; more would slow small models down, by their share of the mask
 _PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
 _MAX_QUEUE = 10_000
 _LOCK_PATIENCE_S = 0.2
@@ -422,12 +420,11 @@ class Engine:
             on_gpu = options.n_gpu_layers != 0 and _llama.supports_gpu_offload()
             n_batch = min(options.n_batch or (_GPU_BATCH if on_gpu else _CPU_BATCH), self.n_cells)
             ram_mib = options.cache_ram_mib
-            n_kept = min(_KEPT_TEXTS, self.n_cells // _CELLS_OF_A_TEXT + 1) if model.shares_prefixes else 0
             context = _llama.Context(
                 model,
                 n_ctx=self.n_cells,
                 n_batch=n_batch,
-                n_seq_max=min(self.n_parallel + n_kept, 255),
+                n_seq_max=min(self.n_parallel + fit_n_kept(model, self.n_cells), 255),
                 n_threads=self.n_threads,
                 fill_fours=not on_gpu and fours_pay(model),
                 n_kept_max=_KEPT_CELLS,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import _llama
 
-__all__ = ["fit_cells", "fit_n_ctx", "fit_n_parallel", "fit_threads", "fours_pay", "kv_bytes_per_token"]
+__all__ = ["fit_cells", "fit_n_ctx", "fit_n_kept", "fit_n_parallel", "fit_threads", "fours_pay", "kv_bytes_per_token"]
 
 logger = logging.getLogger("tea_llm")
 
@@ -21,6 +21,7 @@ _REPACKED = {"2", "10", "14", "15", "25", "38"}  # Q4_0, Q2_K, Q4_K_S, Q4_K_M, I
 
 _N_PARALLEL = 16  # requests at once where nobody says how many, and memory holds them
 _CELLS_OF_A_REQUEST = 256  # fewer for each, and requests would push each other out
+_N_KEPT = 32  # texts that ended and may be found again; llama.cpp has a row of logits for each
 _SPARE_CELLS_BYTES = 32 << 20  # for more cells than one request may use, where nobody says how many requests
 
 
@@ -58,6 +59,11 @@ def fit_cells(models: Sequence[_llama.Model], n_ctx: int, n_parallel: int | None
 def fit_n_parallel(n_cells: int, asked: int | None) -> int:
     """Requests computed at once: as many as asked, else up to 16, as far as the KV cache has cells for them."""
     return asked or max(min(n_cells // _CELLS_OF_A_REQUEST, _N_PARALLEL), 1)
+
+
+def fit_n_kept(model: _llama.Model, n_cells: int) -> int:
+    """Ended texts that keep a sequence of the KV cache beside those being computed: what it has cells for."""
+    return min(_N_KEPT, n_cells // _CELLS_OF_A_REQUEST + 1) if model.shares_prefixes else 0
 
 
 def fit_threads(asked: int | None, model_bytes: int) -> int:
