@@ -9,10 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from .api_server import ApiServer
+
+if TYPE_CHECKING:
+    from tea_llm._llama import Model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +68,29 @@ def llama_server(shared_models: Path) -> Iterator[str]:
         assert address.startswith("http"), f"llama-server did not start on {model}"
         yield f"{address}/v1"
         process.stdin.close()  # its end
+
+
+@pytest.fixture(scope="session")
+def stories(shared_models: Path) -> Model:
+    """A model of 260K parameters that tells stories, in F32."""
+    return _model(shared_models / "stories260K-f32.gguf")
+
+
+@pytest.fixture(scope="session")
+def quantised(shared_models: Path) -> Model:
+    """The same in Q8_0: it rounds what its weights are multiplied with to 8 bits, so that the last bit of a sum changes
+    the text soon.
+    """
+    return _model(shared_models / "stories260K-q8_0.gguf")
+
+
+@pytest.fixture(scope="session")
+def scripted(shared_models: Path) -> Model:
+    """Says " quick brown fox …" after "The", and " one two three …" for ever after "count"."""
+    return _model(shared_models / "scripted-f16.gguf")
+
+
+def _model(path: Path) -> Model:
+    from tea_llm._llama import Model  # not where tea_llm was built without llama.cpp
+
+    return Model(path)

@@ -18,12 +18,6 @@ def model(request: pytest.FixtureRequest, shared_models: Path) -> Model:
     return Model(shared_models / request.param)
 
 
-@pytest.fixture(scope="module")
-def quantised(shared_models: Path) -> Model:
-    """Rounds what its weights are multiplied with to 8 bits, so that the last bit of a sum changes the text soon."""
-    return Model(shared_models / "stories260K-q8_0.gguf")
-
-
 def begin(context: Context, text: str, max_tokens: int = 150) -> Generation:
     forbidden = {token: float("-inf") for token in (context.model.bos, context.model.eos) if token >= 0}
     sampler = Sampler(context.model, temperature=0, logit_bias=forbidden)

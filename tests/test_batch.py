@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from tea_llm.errors import BadRequest, EngineClosed, EngineError
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
-from tea_llm._llama import Context, Generation, Model, Sampler
+from tea_llm._llama import Context, Generation, Sampler
 
 from .generating import alone, greedy, together
 
@@ -36,23 +35,6 @@ ANSWERS = {
 """What the chat model has learned by heart."""
 
 FOX = " quick brown fox jumps over a lazy dog."
-
-
-@pytest.fixture(scope="module")
-def stories(shared_models: Path) -> Model:
-    return Model(shared_models / "stories260K-f32.gguf")
-
-
-@pytest.fixture(scope="module")
-def quantised(shared_models: Path) -> Model:
-    """Rounds what its weights are multiplied with to 8 bits, so that the last bit of a sum changes the text soon."""
-    return Model(shared_models / "stories260K-q8_0.gguf")
-
-
-@pytest.fixture(scope="module")
-def scripted(shared_models: Path) -> Model:
-    """Says " quick brown fox …" after "The", and " one two three …" for ever after "count"."""
-    return Model(shared_models / "scripted-f16.gguf")
 
 
 # --- each is what it is alone -----------------------------------------------------------------------------------------

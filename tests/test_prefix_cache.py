@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +15,6 @@ from .random_models import N_VOCAB, write_random
 
 SYSTEM = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog. "
 """About forty tokens of the stories model."""
-
-
-@pytest.fixture(scope="module")
-def stories(shared_models: Path) -> Model:
-    return Model(shared_models / "stories260K-f32.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -26,23 +26,6 @@ WAYS = ["another model", "itself", "ngram", "mtp", "mtp of a recurrent model"]
 
 
 @pytest.fixture(scope="module")
-def stories(shared_models: Path) -> Model:
-    return Model(shared_models / "stories260K-q8_0.gguf")
-
-
-@pytest.fixture(scope="module")
-def other(shared_models: Path) -> Model:
-    """With the same vocabulary as `stories`, and about the same opinions."""
-    return Model(shared_models / "stories260K-f32.gguf")
-
-
-@pytest.fixture(scope="module")
-def scripted(shared_models: Path) -> Model:
-    """Says " one two three …" for ever after "count"."""
-    return Model(shared_models / "scripted-f16.gguf")
-
-
-@pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """With a layer that predicts the token after the next one."""
     return Model(write_random("glm4moe", tmp_path_factory.mktemp("drafting") / "drafting.gguf"), load_mtp=True)
@@ -61,9 +44,9 @@ def guessing(request: pytest.FixtureRequest) -> tuple[Model, Any]:
         return request.getfixturevalue("drafting"), "mtp"
     if request.param == "mtp of a recurrent model":
         return request.getfixturevalue("recurrent_drafting"), "mtp"
-    stories = request.getfixturevalue("stories")
-    guesses: dict[str, Any] = {"another model": request.getfixturevalue("other"), "itself": stories, "ngram": "ngram"}
-    return stories, guesses[request.param]
+    stories, quantised = request.getfixturevalue("stories"), request.getfixturevalue("quantised")
+    guesses: dict[str, Any] = {"another model": stories, "itself": quantised, "ngram": "ngram"}
+    return quantised, guesses[request.param]
 
 
 def some_texts(model: Model, n: int = 8) -> list[list[int]]:
@@ -140,14 +123,14 @@ def test_what_a_text_repeats_is_guessed_without_another_model(scripted):
     assert asked.n_accepted > 40
 
 
-def test_nothing_is_guessed_unless_asked(stories):
-    asked = greedy(Context(stories), PROMPTS[1], max_tokens=40)
+def test_nothing_is_guessed_unless_asked(quantised):
+    asked = greedy(Context(quantised), PROMPTS[1], max_tokens=40)
     asked.run()
     assert (asked.n_drafted, asked.n_accepted) == (0, 0)
 
 
-def test_several_texts_share_the_rows_for_guesses(stories):
-    context = Context(stories, n_seq_max=4, draft=stories, n_draft=3)
+def test_several_texts_share_the_rows_for_guesses(quantised):
+    context = Context(quantised, n_seq_max=4, draft=quantised, n_draft=3)
     asked = [greedy(context, prompt, max_tokens=40) for prompt in PROMPTS[:4]]
     together(context, asked)
     assert [g.n_drafted for g in asked] == [0] * 4  # four rows hold four texts and no guess
@@ -184,34 +167,34 @@ def test_a_full_context_ends_a_text_with_guesses_where_it_ends_without(scripted)
 
 
 # --- beside the cache -------------------------------------------------------------------------------------------------
-def test_what_is_kept_ends_where_right_guesses_end(stories):
-    context = Context(stories, n_seq_max=4, draft="ngram", n_draft=8)
+def test_what_is_kept_ends_where_right_guesses_end(quantised):
+    context = Context(quantised, n_seq_max=4, draft="ngram", n_draft=8)
     text = PROMPTS[1]
     for _ in range(4):
         asked = greedy(context, text, max_tokens=17)
         added = asked.run()
-        assert added == alone(stories, text, 17)
+        assert added == alone(quantised, text, 17)
         text += added
     assert asked.n_cached > 40
 
 
 @pytest.mark.parametrize("n_host_max", [0, 1 << 24])
-def test_texts_that_push_each_other_out_are_the_same_with_guesses(stories, other, n_host_max):
+def test_texts_that_push_each_other_out_are_the_same_with_guesses(quantised, stories, n_host_max):
     prompts = [prompt * 3 for prompt in PROMPTS]
-    expected = [alone(stories, prompt, 60) for prompt in prompts]
-    context = Context(stories, n_ctx=384, n_seq_max=8, n_host_max=n_host_max, draft=other, n_draft_rows=64)
+    expected = [alone(quantised, prompt, 60) for prompt in prompts]
+    context = Context(quantised, n_ctx=384, n_seq_max=8, n_host_max=n_host_max, draft=stories, n_draft_rows=64)
     for _ in range(3):
         asked = [greedy(context, prompt, max_tokens=60) for prompt in prompts]
         assert together(context, asked) == expected
     assert sum(g.n_accepted for g in asked) > 0
 
 
-def test_a_saved_state_goes_on_with_guesses(stories, other):
-    first = greedy(Context(stories), PROMPTS[0], max_tokens=40, save=True)
+def test_a_saved_state_goes_on_with_guesses(quantised, stories):
+    first = greedy(Context(quantised), PROMPTS[0], max_tokens=40, save=True)
     prompt = PROMPTS[0] + first.run()
     known = first.take_state()
-    asked = greedy(Context(stories, draft=other), prompt, max_tokens=40, known=known)
-    assert asked.run() == alone(stories, prompt, 40)
+    asked = greedy(Context(quantised, draft=stories), prompt, max_tokens=40, known=known)
+    assert asked.run() == alone(quantised, prompt, 40)
     assert asked.n_cached > 40
     assert asked.n_drafted
 
@@ -255,8 +238,8 @@ def refusal(model: Model, draft: Any) -> str:
     return str(caught.value)
 
 
-def test_a_model_with_another_vocabulary_is_refused(stories, drafting):
-    assert "same vocabulary" in refusal(stories, drafting)
+def test_a_model_with_another_vocabulary_is_refused(quantised, drafting):
+    assert "same vocabulary" in refusal(quantised, drafting)
 
 
 def test_a_recurrent_model_can_not_guess_and_is_not_guessed_for(tmp_path):
@@ -270,29 +253,29 @@ def test_texts_with_a_state_are_guessed_one_at_a_time(recurrent_drafting):
         Context(recurrent_drafting, n_ctx=256, n_seq_max=2, draft="mtp")
 
 
-def test_an_encoder_can_not_guess(stories, shared_models):
-    assert "encoder" in refusal(stories, Model(shared_models / "all-MiniLM-L6-v2-f16.gguf", split_load=False))
+def test_an_encoder_can_not_guess(quantised, shared_models):
+    assert "encoder" in refusal(quantised, Model(shared_models / "all-MiniLM-L6-v2-f16.gguf", split_load=False))
 
 
-def test_layers_that_are_not_there_can_not_guess(stories, drafting):
-    assert "no MTP layers" in refusal(stories, "mtp")
+def test_layers_that_are_not_there_can_not_guess(quantised, drafting):
+    assert "no MTP layers" in refusal(quantised, "mtp")
     assert "load_mtp=True" in refusal(Model(drafting.path), "mtp")
 
 
-def test_vocabularies_are_compared_where_they_are_loaded_whole(shared_models, stories):
+def test_vocabularies_are_compared_where_they_are_loaded_whole(shared_models, quantised):
     split = Model(shared_models / "stories260K-q8_0.gguf", split_load=True)
-    assert "split_load=False" in refusal(split, stories)
-    assert "split_load=False" in refusal(stories, split)
+    assert "split_load=False" in refusal(split, quantised)
+    assert "split_load=False" in refusal(quantised, split)
 
 
 @pytest.mark.parametrize("draft", ["guess", 3, "eagle3"])
-def test_an_unknown_way_to_guess_is_refused(stories, draft):
-    assert "'mtp' or 'ngram'" in refusal(stories, draft)
+def test_an_unknown_way_to_guess_is_refused(quantised, draft):
+    assert "'mtp' or 'ngram'" in refusal(quantised, draft)
 
 
-def test_llama_cpp_writes_nothing_to_stderr_about_guesses(stories, drafting, capfd):
-    greedy(Context(stories, n_ctx=256, draft=stories), "One day", max_tokens=10).run()
-    refusal(stories, drafting)
+def test_llama_cpp_writes_nothing_to_stderr_about_guesses(quantised, drafting, capfd):
+    greedy(Context(quantised, n_ctx=256, draft=quantised), "One day", max_tokens=10).run()
+    refusal(quantised, drafting)
     assert capfd.readouterr().err == ""
 
 
