@@ -1,5 +1,5 @@
 # cython: language_level=3, freethreading_compatible=True, binding=True
-"""llama.cpp in this process: Model, Context, Sampler, Generation.
+"""llama.cpp in this process: Model, Context, Grammar, Sampler, Generation.
 
 The call shape is always the same: check the arguments, one C call without the GIL, check its result, copy out.
 A Context and what works on it belong to one thread at a time; a second one gets EngineError, not a crash.
@@ -14,7 +14,7 @@ from libc.math cimport isfinite, sqrt
 from libc.stdint cimport INT32_MIN, int8_t, int32_t, int64_t, uint8_t, uint32_t
 from libcpp cimport bool
 from libcpp.atomic cimport atomic
-from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
@@ -23,12 +23,13 @@ from llama cimport *
 
 import logging
 import os
+import re
 import stat
 
 from tea_llm import errors
 
 __all__ = [
-    "Context", "Generation", "Loading", "Model", "Sampler", "devices", "llama_version", "state_layout",
+    "Context", "Generation", "Grammar", "Loading", "Model", "Sampler", "devices", "llama_version", "state_layout",
     "supports_gpu_offload", "system_info",
 ]
 
@@ -169,6 +170,7 @@ cdef class Model:
     cdef llama_model* _words         # vocabulary and templates: the same, or one loaded beside it (split_load.hpp)
     cdef const llama_vocab* _vocab   # of _words
     cdef ChatTemplate* _chat
+    cdef GuidedVocab* _guided        # made for the first grammar of llguidance's
     cdef int _pid
     cdef bint _with_mtp
     cdef readonly str path
@@ -249,6 +251,7 @@ cdef class Model:
     def __dealloc__(self):
         if self._model != NULL and self._pid == getpid():
             del self._chat
+            del self._guided
             with nogil:
                 if self._words != self._model:
                     llama_model_free(self._words)
@@ -953,6 +956,94 @@ cdef int _copy_vectors(llama_context* ctx, float* out, int32_t n_texts, int32_t 
     return 0
 
 
+def _load_llguidance() -> None:
+    """Find llguidance's functions: its Python package is a library that has them for other languages too."""
+    import ctypes
+
+    from llguidance import _lib
+
+    library = ctypes.CDLL(_lib.__file__)
+    cdef size_t i
+    for i in range(llguidance_size):
+        set_llguidance(i, ctypes.cast(library[llguidance_names[i].decode()], ctypes.c_void_p).value)
+
+
+cdef class Grammar:
+    """What a text has to be, ready for a Model; any number of Samplers hold texts to it.
+
+    `kind` says what `source` is: "gbnf", which llama.cpp reads (with a rule named root), or "json_schema" (draft
+    2020-12), "regex" (in Rust's syntax, for the whole text) or "lark", which llguidance reads. A "gbnf" with `triggers`
+    binds from the first of them on: ("word", text), ("pattern", ECMAScript regex, whose first group it begins with) or
+    ("token", id).
+
+    Raises GrammarError with the reader's own words. A large one takes a second; the GIL is released.
+    """
+
+    cdef readonly Model model
+    cdef readonly str kind
+    cdef unique_ptr[Constraint] _constraint
+
+    def __init__(self, Model model not None, str kind not None, str source not None, *, triggers=()):
+        model._check()
+        if kind not in _GRAMMARS:
+            raise errors.GrammarError(f"{kind!r} is no kind of grammar; give one of {', '.join(_GRAMMARS)}")
+        if "\0" in source:
+            raise errors.GrammarError("the grammar holds a NUL character; write it as \\x00")
+        cdef bytes encoded = _utf8(source, "the grammar"), encoded_kind = kind.encode()
+        self.model = model
+        self.kind = kind
+        _listen()
+        try:
+            if kind == "gbnf":
+                self._read_gbnf(encoded, triggers)
+            else:
+                self._read_guided(encoded_kind, encoded)
+            words = _last_words()
+        except errors.EngineFault as exc:
+            words = str(exc)
+        if not self._constraint:
+            what, remedy = _GRAMMARS[kind]
+            raise errors.GrammarError(f"{what} could not be used: {' '.join(words.split())}; {remedy}")
+
+    cdef int _read_gbnf(self, const char* source, triggers) except -1:
+        cdef Triggers wanted
+        for kind, value in triggers:
+            if kind == "token":
+                wanted.tokens.push_back(self.model._check_tokens([value])[0])
+            else:
+                value = re.sub(r"[.^$|()*+?\[\]{}\\]", r"\\\g<0>", value) if kind == "word" else value
+                wanted.patterns.push_back(_utf8(value, "a trigger"))
+        with nogil:
+            self._constraint = new_gbnf(self.model._vocab, source, wanted)
+        return 0
+
+    cdef int _read_guided(self, const char* kind, const char* source) except -1:
+        cdef GuidedVocab* guided
+        if self.model._guided == NULL:
+            _load_llguidance()
+            with nogil:
+                guided = new GuidedVocab(self.model._vocab)
+            if self.model._guided == NULL:
+                self.model._guided = guided
+            else:  # another thread was faster
+                del guided
+        guided = self.model._guided
+        with nogil:
+            self._constraint = new_guided(self.model._vocab, guided[0], kind, source)
+        return 0
+
+    def __repr__(self):
+        return f"Grammar({self.kind!r})"
+
+
+_GRAMMARS = {  # what each kind is called in an error, and what to do about it
+    "gbnf": ("the grammar", "it must be GBNF with a rule named root"),
+    "json_schema": ("the JSON schema", "leave out what is named, or set strict: false to have it ignored"),
+    "regex": ("the regular expression", "it must be in Rust's syntax, without look-around and backreferences"),
+    "lark": ("the grammar", "it must be llguidance's variant of Lark with a rule named start"),
+}
+
+
 cdef class Sampler:
     """How the next token is chosen, as a chain of llama.cpp's samplers in its own order.
 
@@ -960,12 +1051,14 @@ cdef class Sampler:
     temperature 0 takes the likeliest token, mirostat replaces the truncations. Defaults are llama.cpp's
     (common_params_sampling). Without a `seed` a random one is drawn and reported in `seed`.
 
-    Raises GrammarError for a grammar llama.cpp can't parse, BadRequest for a bias on a token that isn't there.
+    `grammar` is a Grammar of the same model, or GBNF. Raises GrammarError for what is none, BadRequest for a bias on a
+    token that isn't there.
     """
 
     # the samplers read the vocabulary
     cdef readonly Model model
     cdef Chain _chain
+    cdef Grammar _grammar
     cdef readonly uint32_t seed
     cdef int32_t _n_lookback
     cdef bint _constrained       # by a grammar or a bias, which may leave no token
@@ -991,7 +1084,10 @@ cdef class Sampler:
             self._chain.bias.push_back(bias)
         self._constrained = not self._chain.bias.empty() or grammar is not None
         if grammar is not None:
-            self._add(self._grammar(grammar))
+            self._grammar = grammar if isinstance(grammar, Grammar) else Grammar(model, "gbnf", grammar)
+            if self._grammar.model is not model:
+                raise errors.BadRequest("the Grammar was made for another Model; make one for this")
+            self._chain.constraint = self._grammar._constraint.get().copy()
         if not 0 <= repeat_last_n < n_ctx:
             repeat_last_n = n_ctx
         if repeat_last_n and (repeat_penalty != 1 or frequency_penalty or presence_penalty):
@@ -1041,24 +1137,6 @@ cdef class Sampler:
         self._chain.lookback.push_back(sampler)
         self._n_lookback = max(self._n_lookback, n)
 
-    cdef llama_sampler* _grammar(self, str grammar) except NULL:
-        if "\0" in grammar:
-            raise errors.GrammarError("the grammar holds a NUL character; write it as \\x00")
-        cdef bytes encoded = _utf8(grammar, "the grammar")
-        cdef const char* c_grammar = encoded
-        cdef llama_sampler* sampler = NULL
-        _listen()
-        try:
-            with nogil:
-                sampler = new_grammar(self.model._vocab, c_grammar, b"root")
-            words = _last_words()
-        except errors.EngineFault as exc:
-            words = str(exc)
-        if sampler == NULL:
-            raise errors.GrammarError(
-                f"the grammar could not be parsed: {words}; it must be GBNF with a rule named root")
-        return sampler
-
     cdef llama_sampler* _dry(self, float multiplier, float base, int allowed_length, int last_n, breakers) except NULL:
         encoded = [_utf8(b, "a DRY sequence breaker") for b in breakers]
         cdef vector[const char*] c_breakers
@@ -1071,6 +1149,8 @@ cdef class Sampler:
         """Forget what was generated and start the random numbers from `seed` again."""
         self._enter()
         llama_sampler_reset(self._chain.samplers)
+        if self._grammar is not None:
+            self._chain.constraint = self._grammar._constraint.get().copy()
         self._leave()
 
     cdef int _enter(self) except -1:

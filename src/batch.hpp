@@ -304,6 +304,7 @@ class Batch {
         text.n_generated.fetch_add(1, std::memory_order_relaxed);
         read_piece(vocab_, token, false, piece_);
         if (text.filter.push(piece_.data(), piece_.size())) return STOP;
+        if (text.chain->constraint && text.chain->constraint->has_to_end()) return STOP;
         return text.n_generated >= text.n_max ? LENGTH : RUNNING;
     }
 

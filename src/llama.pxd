@@ -3,7 +3,7 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.atomic cimport atomic
-from libcpp.memory cimport shared_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -63,14 +63,30 @@ cdef extern from "text_filter.hpp" namespace "tea" nogil:
         const string& ready()
         void clear_ready()
 
+cdef extern from "constraint.hpp" namespace "tea" nogil:
+    cppclass Constraint:
+        unique_ptr[Constraint] copy() except +raise_fault
+        bool may_end() except +raise_fault
+    cppclass Triggers:
+        vector[string] patterns
+        vector[llama_token] tokens
+    const char** llguidance_names
+    size_t llguidance_size
+    void set_llguidance(size_t i, size_t address)
+    cppclass GuidedVocab:
+        GuidedVocab(const llama_vocab* vocab) except +raise_fault
+    unique_ptr[Constraint] new_gbnf(const llama_vocab* vocab, const char* grammar, const Triggers& triggers) except +raise_fault
+    unique_ptr[Constraint] new_guided(const llama_vocab* vocab, const GuidedVocab& guided, const char* kind,
+                                      const char* source) except +raise_fault
+
 cdef extern from "sampling.hpp" namespace "tea" nogil:
     cppclass Chain:
         llama_sampler* samplers
         bool greedy
         int32_t k
         vector[llama_logit_bias] bias
+        unique_ptr[Constraint] constraint
         vector[llama_sampler*] lookback
-    llama_sampler* new_grammar(const llama_vocab* vocab, const char* grammar, const char* root) except +raise_fault
 
 cdef extern from "prefix_cache.hpp" namespace "tea" nogil:
     struct PrefixCacheOptions "tea::PrefixCache::Options":

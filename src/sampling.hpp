@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
+#include "constraint.hpp"
 #include "guard.hpp"
-#include "llama-grammar.h"
 #include "llama.h"
 
 namespace tea {
@@ -76,37 +77,56 @@ inline size_t top_k(const float * x, int32_t n, size_t k, llama_token_data * out
 
 // A chain of llama.cpp's samplers, entered by the shortest way.
 struct Chain {
-    llama_sampler * samplers = nullptr;  // owned
-    bool greedy = false;                 // nothing in the chain changes which logit is the largest
-    int32_t k = 0;                       // > 0: the chain begins by keeping the k largest
-    std::vector<llama_logit_bias> bias;  // added to the logits in place: few tokens, no pass over the vocabulary
-    std::vector<llama_sampler *> lookback;  // samplers of the chain that also look at the prompt; not owned
+    llama_sampler * samplers = nullptr;      // owned
+    bool greedy = false;                     // nothing in the chain changes which logit is the largest
+    int32_t k = 0;                           // > 0: the chain begins by keeping the k largest
+    std::vector<llama_logit_bias> bias;      // added to the logits in place: few tokens, no pass over the vocabulary
+    std::unique_ptr<Constraint> constraint;  // what the text has to be; none: anything
+    std::vector<llama_sampler *> lookback;   // samplers of the chain that also look at the prompt; not owned
     std::vector<llama_token_data> candidates;
 
     ~Chain() { llama_sampler_free(samplers); }
 
-    // The next token of the i-th output of the last decode, or -1 if its logits are not finite numbers.
+    // The next token of the i-th output of the last decode, or -1 if there is none to choose: no logit is a finite number.
     llama_token sample(llama_context * ctx, int32_t i, int32_t n_vocab) {
         Guard guard;
         float * logits = llama_get_logits_ith(ctx, i);
         if (!logits) throw Fault("llama.cpp kept no logits for the last token");
         for (const auto & b : bias) logits[b.token] += b.bias;
+        llama_token token = -1;
+        if (constraint && !greedy && !constraint->is_slow()) {
+            constraint->forbid(logits, n_vocab);
+            token = choose(logits, n_vocab);
+        } else {
+            token = choose(logits, n_vocab);
+            if (constraint && token >= 0 && !constraint->allows(token)) {
+                constraint->forbid(logits, n_vocab);
+                token = choose(logits, n_vocab);
+            }
+        }
+        if (token < 0) return -1;
+        if (constraint) constraint->accept(token);
+        if (!greedy) llama_sampler_accept(samplers, token);
+        return token;
+    }
+
+    // A token by the logits, whatever was forbidden; -1 if there is none.
+    llama_token choose(const float * logits, int32_t n_vocab) {
         if (greedy) return argmax(logits, n_vocab);
-        size_t n = n_vocab;
         if (k > 0) {
             candidates.resize(std::min(k, n_vocab));
-            n = top_k(logits, n_vocab, candidates.size(), candidates.data());
+            candidates.resize(top_k(logits, n_vocab, candidates.size(), candidates.data()));
         } else {
-            candidates.resize(n_vocab);
-            for (llama_token id = 0; id < n_vocab; ++id) candidates[id] = {id, logits[id], 0.0f};
+            candidates.clear();
+            for (llama_token id = 0; id < n_vocab; ++id) {
+                if (logits[id] > -INFINITY) candidates.push_back({id, logits[id], 0.0f});
+            }
         }
-        if (n == 0) return -1;
-        llama_token_data_array array = {candidates.data(), n, -1, k > 0};
+        if (candidates.empty()) return -1;
+        llama_token_data_array array = {candidates.data(), candidates.size(), -1, k > 0};
         llama_sampler_apply(samplers, &array);
         if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) return -1;
-        const llama_token token = array.data[array.selected].id;
-        llama_sampler_accept(samplers, token);
-        return token;
+        return array.data[array.selected].id;
     }
 
     // Takes the end of the prompt into the samplers that penalise what was said before.
@@ -117,47 +137,5 @@ struct Chain {
         }
     }
 };
-
-// Past white space and comments.
-inline const char * skip_space(const char * at) {
-    while (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == '#') {
-        if (*at++ == '#') at += std::strcspn(at, "\r\n");
-    }
-    return at;
-}
-
-// How deep the parentheses of a grammar are nested, literals and comments aside.
-inline int nesting(const char * at) {
-    int depth = 0, deepest = 0;
-    for (; *(at = skip_space(at)); ++at) {
-        if (*at == '"' || *at == '[') {
-            const char end = *at == '"' ? '"' : ']';
-            for (++at; *at && *at != end; ++at) at += *at == '\\' && at[1];
-            if (!*at) break;
-        }
-        depth += *at == '(' ? 1 : *at == ')' ? -1 : 0;
-        deepest = std::max(deepest, depth);
-    }
-    return deepest;
-}
-
-// Throws what is wrong with a grammar. llama_grammar_parser::parse() prints it to stderr, and the recursion in
-// it and in the search for left recursion may overflow the stack. Here the rules are read one by one.
-inline void check_grammar(const llama_vocab * vocab, const char * grammar) {
-    if (nesting(grammar) > 1000) throw std::runtime_error("more than 1000 nested parentheses");
-    llama_grammar_parser parser(vocab);
-    for (const char * at = skip_space(grammar); *at;) at = parser.parse_rule(at);
-    if (parser.rules.size() > 20000) throw std::runtime_error("more than 20000 rules");
-    for (const auto & [name, id] : parser.symbol_ids) {
-        if (id >= parser.rules.size() || parser.rules[id].empty()) throw std::runtime_error("there is no rule " + name);
-    }
-}
-
-// NULL where llama.cpp refuses the grammar in its log: no root, left recursion.
-inline llama_sampler * new_grammar(const llama_vocab * vocab, const char * grammar, const char * root) {
-    Guard guard;
-    check_grammar(vocab, grammar);
-    return llama_sampler_init_grammar(vocab, grammar, root);
-}
 
 }  // namespace tea

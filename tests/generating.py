@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from tea_llm._llama import Context, Generation, Model, Sampler
 
-__all__ = ["alone", "greedy", "together"]
+__all__ = ["TOO_WIDE", "alone", "greedy", "together"]
+
+TOO_WIDE: dict[str, object] = {
+    "anyOf": [
+        {"type": "object", "properties": {f"k{i}": {}}, "required": [f"k{i}"], "additionalProperties": False}
+        for i in range(2500)
+    ]
+}
+"""A schema that llguidance reads, and gives up on where a text has to follow it: it bounds the rules open at once."""
 
 
 def greedy(context: Context, text: str, **options) -> Generation:

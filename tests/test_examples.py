@@ -96,3 +96,10 @@ def test_a_local_embedder_finds_the_nearest_document(shared_models: Path) -> Non
     if embedder is None:
         pytest.skip("no all-MiniLM-L6-v2 among the shared models")
     assert _run("embed", gguf=embedder, backend="local")["nearest"].startswith("Boil the noodles")
+
+
+@needs_llama
+def test_what_is_extracted_follows_the_schema(bare_environment: None) -> None:
+    person = _run("extract")["person"]
+    assert person["name"]
+    assert 0 <= person["age"] <= 120

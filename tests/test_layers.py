@@ -20,7 +20,7 @@ FLOORS = (
     ("errors",),
     ("params",),
     ("settings",),
-    ("chat", "models", "template"),
+    ("chat", "constraint", "models", "template"),
     ("_llama",),
     ("blocking", "session", "sizing"),
     ("ticket",),

@@ -64,6 +64,7 @@ CASES = {
         {"temperature": 0.0, "logit_bias": {265: -100.0, 410: 3.0}},
         [("logit_bias", {265: -100.0, 410: 3.0}), ("greedy",)],
     ),
+    # As llama.cpp's common_sampler_sample: a token is drawn without the grammar, and again with it if it refuses that.
     "grammar": ({**OFF, "grammar": GRAMMAR}, [("grammar", GRAMMAR), *DRAW]),
     "grammar, greedy": ({"temperature": 0.0, "grammar": GRAMMAR}, [("grammar", GRAMMAR), ("greedy",)]),
     "our defaults": ({}, [("top_k", 40), ("top_p", 0.95, 1), ("min_p", 0.05, 1), ("temp", 0.8), ("dist", SEED)]),
@@ -100,14 +101,33 @@ def _sampler(vocab, name, *args):
     return getattr(llama, f"llama_sampler_init_{name}")(*args)
 
 
+def _drawn(ctx, vocab, *samplers):
+    logits, n = llama.llama_get_logits_ith(ctx, -1), llama.llama_vocab_n_tokens(vocab)
+    candidates = (llama.llama_token_data * n)(*((i, logits[i], 0.0) for i in range(n)))
+    array = llama.llama_token_data_array(candidates, n, -1, False)
+    for sampler in reversed(samplers):
+        llama.llama_sampler_apply(sampler, ctypes.byref(array))
+    return array.data[array.selected].id
+
+
+def _allows(grammar, token):
+    one = (llama.llama_token_data * 1)((token, 1.0, 0.0))
+    llama.llama_sampler_apply(grammar, ctypes.byref(llama.llama_token_data_array(one, 1, -1, False)))
+    return one[0].logit > float("-inf")
+
+
 def _tokens(model, vocab, prompt, chain):
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_threads, params.n_threads_batch = 512, 1, 1
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED  # src/attention.cpp rounds otherwise than ggml's
     ctx = llama.llama_init_from_model(model, params)
     samplers = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+    grammar = None
     for name, *args in chain:
         sampler = _sampler(vocab, name, *args)
+        if name == "grammar":
+            grammar = sampler
+            continue
         llama.llama_sampler_chain_add(samplers, sampler)
         if name in LOOKBACK:
             for token in prompt:
@@ -117,7 +137,11 @@ def _tokens(model, vocab, prompt, chain):
     while len(drawn) < N_TOKENS:
         if llama.llama_decode(ctx, llama.llama_batch_get_one(batch, len(batch))):
             sys.exit("llama_decode failed")
-        token = llama.llama_sampler_sample(samplers, ctx, -1)
+        token = _drawn(ctx, vocab, samplers)
+        if grammar is not None and not _allows(grammar, token):
+            token = _drawn(ctx, vocab, samplers, grammar)
+        for accepting in filter(None, (grammar, samplers)):
+            llama.llama_sampler_accept(accepting, token)
         if token == llama.llama_vocab_bos(vocab) or llama.llama_vocab_is_eog(vocab, token):
             break
         drawn.append(token)

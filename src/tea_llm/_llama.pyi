@@ -161,6 +161,16 @@ class Context:
     def embed(self, texts: Sequence[Sequence[int]], *, normalize: bool = True) -> memoryview[float]: ...
 
 @disjoint_base
+class Grammar:
+    def __init__(
+        self, model: Model, kind: str, source: str, *, triggers: Iterable[tuple[str, str | int]] = ()
+    ) -> None: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def kind(self) -> str: ...
+
+@disjoint_base
 class Sampler:
     def __init__(
         self,
@@ -187,7 +197,7 @@ class Sampler:
         mirostat_tau: float = 5.0,
         mirostat_eta: float = 0.1,
         logit_bias: Mapping[int, float] | None = None,
-        grammar: str | None = None,
+        grammar: Grammar | str | None = None,
         seed: int | None = None,
     ) -> None: ...
     @property

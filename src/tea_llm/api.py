@@ -45,6 +45,7 @@ from .api_format import (
 from .api_io import HTTPX_ERRORS, Clients, Io, break_off, error_class
 from .backend import RequestBackend, checked_texts, sentence
 from .blocking import run_blocking
+from .constraint import with_parsed
 from .errors import (
     ApiConnectionError,
     ApiError,
@@ -355,7 +356,9 @@ class ApiLlmBackend(RequestBackend):
             request = asking.request("POST", url_of(endpoint, "chat/completions", model), body)
             async with aclosing(asking.answer(request, model, stream)) as pieces:
                 async for piece in pieces:
-                    yield piece if isinstance(piece, str) else self._signed(piece, endpoint, effort)
+                    if not isinstance(piece, str):
+                        piece = with_parsed(params, self._signed(piece, endpoint, effort))
+                    yield piece
 
     def embeddings(self, texts: Sequence[str], **options: Any) -> LlmEmbedResult:
         """One vector per text. `attempts` counts the requests of all batches.

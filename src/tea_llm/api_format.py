@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
+from .constraint import json_schema_of
 from .errors import BadRequest, SettingsError
 from .params import LlmCallParams, LlmCallResult, Usage, check_timeout_s
 from .settings import ApiEndpoint, LlmSettings
@@ -202,6 +203,17 @@ def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> 
         body["max_tokens"] = params.max_tokens
     if params.stops:
         body["stop"] = list(params.stops)
+    for name in ("regex", "choices"):
+        if getattr(params, name) is not None:
+            raise BadRequest(
+                f"{name} is set, and no API knows it by that name; give a schema, put the server's own parameter under "
+                "extra_body, or use backend: local"
+            )
+    if params.schema is not None:
+        schema = {"name": "answer", "schema": json_schema_of(params), "strict": params.strict}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif params.response_format is not None:
+        body["response_format"] = params.response_format
     given = params.given() | ({} if params.grammar is None else {"grammar": params.grammar})
     for name, value in given.items():
         row = BODY_FIELDS[name]

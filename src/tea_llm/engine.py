@@ -15,12 +15,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _llama
+from .constraint import Constraint
 from .errors import (
     BadRequest,
     Cancelled,
@@ -51,6 +53,7 @@ _EMBED_TEXTS = 64  # sequences in one batch
 _KEPT_CELLS = 4096  # for ended texts; more would slow small models down, by their share of the mask
 _PROMPT_TOKEN_S = 0.002  # a prompt's tokens, counted as a later arrival: short ones first, but none waits for ever
 _MAX_QUEUE = 10_000
+_MAX_GRAMMARS = 64
 _LOCK_PATIENCE_S = 0.2
 _N_DRAFT = 3  # with the token before them they fill the four rows that a CPU multiplies at once
 _GPU_DRAFT_ROWS = 64  # of a batch, for next tokens and guesses; a GPU computes them about as fast as one
@@ -96,6 +99,7 @@ class TextRequest:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
     stream: bool = False
     truncate: bool = False
     known: Session | None = None
@@ -199,6 +203,7 @@ class Engine:
         self._closed = False
         self._numbers = itertools.count()
 
+        self._grammars: dict[Constraint, _llama.Grammar] = {}  # by their last use
         self._live: dict[_llama.Generation, _Live] = {}  # in the order in which their prompts are read
         self._vectors: _llama.Context | None = None
         if self._draft:
@@ -274,7 +279,8 @@ class Engine:
         tokens = model.tokenize(request.prompt, parse_special=True)
         if request.truncate and len(tokens) >= self.n_ctx:
             tokens = _cut(tokens, self.n_ctx, request.max_tokens, keep_first=model.add_bos)
-        job = _TextJob(request, tokens, _llama.Sampler(model, **request.sampling), ticket, queued_at)
+        sampler = _llama.Sampler(model, **request.sampling, grammar=self._grammar(model, request.constraint))
+        job = _TextJob(request, tokens, sampler, ticket, queued_at)
         precedence = (-priority, queued_at + len(tokens) * _PROMPT_TOKEN_S)
         with self._wake:
             if self._closed:
@@ -286,6 +292,17 @@ class Engine:
             ticket.cancel_by(self._drop_cancelled, begun=has_place)
             self._interrupt()
         return ticket
+
+    def _grammar(self, model: _llama.Model, constraint: Constraint | None) -> _llama.Grammar | None:
+        """What holds a text to `constraint`. The last ones are kept: to read one may take as long as a short answer."""
+        if constraint is None:
+            return None
+        grammar = self._grammars.pop(constraint, None) or _llama.Grammar(model, constraint.kind, constraint.source)
+        self._grammars[constraint] = grammar  # the last to go
+        if len(self._grammars) > _MAX_GRAMMARS:
+            with suppress(StopIteration, KeyError, RuntimeError):  # another thread does so too
+                del self._grammars[next(iter(self._grammars))]
+        return grammar
 
     def embed(
         self,
@@ -452,6 +469,7 @@ class Engine:
         for used in (context, self._vectors):
             if used is not None:
                 used.close()
+        self._grammars.clear()
         self._vectors = self._model = self._draft = None
 
     # --- vectors ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from .backend import RequestBackend, checked_texts
 from .blocking import run_blocking
 from .chat import format_chat_prompt, message_text
+from .constraint import constraint_of, wants_json, with_parsed
 from .errors import BadRequest, Cancelled, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
 from .models import get_model_info
 from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
@@ -54,7 +55,6 @@ _OFF: Mapping[str, Any] = {
 """The value that switches a sampler off, for those where None says so; for the others None is the default."""
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -192,7 +192,8 @@ class LocalLlmBackend(RequestBackend):
             backend="local",
             timings=outcome.timings,
         )
-        yield await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
+        saved = await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
+        yield with_parsed(params, saved)
 
     def _session(self, params: LlmCallParams) -> tuple[SessionFile | None, Session | None]:
         """Where the session of a call is kept, and what is there."""
@@ -228,6 +229,7 @@ class LocalLlmBackend(RequestBackend):
             max_tokens=params.max_tokens,
             stop=stops,
             sampling=_sampling(params),
+            constraint=constraint_of(params),
             stream=in_chunks,
             truncate=params.truncate,
             known=known,
@@ -377,8 +379,11 @@ async def _beside(loop: asyncio.AbstractEventLoop | None, work: Callable[[], _R]
 
 
 def _size(params: LlmCallParams) -> int:
-    """About how many characters have to be tokenized or parsed."""
-    texts = [params.prompt, params.grammar or "", *(str(m.get("content")) for m in params.messages or ())]
+    """About how many characters have to be tokenized or parsed; a schema's first reading takes as long as many."""
+    if wants_json(params):
+        return _LONG_TEXT + 1
+    form = (params.grammar, params.regex, *(params.choices or ()))
+    texts = [params.prompt, *filter(None, form), *(str(m.get("content")) for m in params.messages or ())]
     return sum(map(len, texts))
 
 
@@ -393,7 +398,7 @@ def _checked_path(name: str, path: Any) -> str:
 
 def _sampling(params: LlmCallParams) -> dict[str, Any]:
     """Keyword arguments of `_llama.Sampler`."""
-    sampling: dict[str, Any] = {"temperature": params.temperature, "grammar": params.grammar}
+    sampling: dict[str, Any] = {"temperature": params.temperature}
     for name, value in params.given().items():
         if value is not None:
             sampling[name] = value

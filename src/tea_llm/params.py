@@ -68,6 +68,12 @@ class LlmCallParams:
     A sampling field that is not set takes the default of the model or server that answers; None switches it off.
     Names and ranges are llama.cpp's (`llama.h`, `llama_sampler_init_*`).
 
+    At most one of these says what the answer has to be: `response_format` ("json_object" or "json_schema", as in the
+    OpenAI API), `schema` (a JSON schema, draft 2020-12; or a pydantic model, a dataclass or another type that pydantic
+    reads), `regex` (for the whole answer, in Rust's syntax), `choices` (texts, of which it is one) or `grammar` (GBNF).
+    With a schema the result has `parsed`. A keyword that can't be enforced is an error, unless `strict` is False: then
+    it is ignored.
+
     `session` names a file in which a local model keeps what it has computed of the text; a later call with it, in any
     process, computes only what its prompt has beyond that. An API ignores it.
 
@@ -104,7 +110,12 @@ class LlmCallParams:
     mirostat_tau: _Float = _field(0, _INF, "target entropy")
     mirostat_eta: _Float = _field(0, _INF, "learning rate")
     logit_bias: Mapping[int | str, float] | Unset = UNSET
+    response_format: Mapping[str, Any] | None = None
+    schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
     grammar: str | None = None
+    strict: bool = True
     truncate: bool = False
     session: str | os.PathLike[str] | None = None
     priority: int = _field(-(2**31), 2**31 - 1, "requests of a higher one come first where several wait for a model", 0)
@@ -117,9 +128,14 @@ class LlmCallParams:
         for f in dataclasses.fields(self):
             if "low" in f.metadata:
                 _check_range(f, getattr(self, f.name))
+        if self.response_format is None and isinstance(self.extra, Mapping):  # where API parameters used to be
+            object.__setattr__(self, "response_format", self.extra.get("response_format"))
         for name, what, is_one in _KINDS:
             if not is_one(value := getattr(self, name)):
                 raise BadRequest(f"{name} is {value!r:.80}; give {what}")
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise BadRequest(f"{' and '.join(forms)} both say what the answer has to be; give one of them")
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.messages is not None:
             object.__setattr__(self, "messages", _checked_messages(self.messages))
@@ -161,7 +177,12 @@ def _is_bias(value: Any) -> bool:
 
 _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("model", "a name, or None", lambda v: v is None or isinstance(v, str)),
+    ("response_format", "a mapping with a type, or None", lambda v: v is None or isinstance(v, Mapping)),
+    ("schema", "a JSON schema or a type", lambda v: v in (True, False) or not isinstance(v, (str, float, int, list))),
+    ("regex", "a regular expression, or None", lambda v: v is None or isinstance(v, str)),
+    ("choices", "a list of texts, at least one", lambda v: v is None or (_is_text_list(v) and len(v) > 0)),
     ("grammar", "a text in GBNF, or None", lambda v: v is None or isinstance(v, str)),
+    ("strict", "True or False", lambda v: isinstance(v, bool)),
     ("truncate", "True or False", lambda v: isinstance(v, bool)),
     ("session", "the path of a file, or None", lambda v: v is None or _is_path(v)),
     ("extra", "a mapping of further API parameters", lambda v: isinstance(v, Mapping)),
@@ -169,6 +190,9 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("logit_bias", "a mapping of token ids to numbers", lambda v: v is None or v is UNSET or _is_bias(v)),
 )
 """The fields that hold no number: what each is to hold, and whether a value is that."""
+
+_FORMS: Final = ("response_format", "schema", "regex", "choices", "grammar")
+"""The fields that say what the answer has to be."""
 
 
 def _check_range(f: dataclasses.Field[Any], value: Any) -> None:
@@ -258,7 +282,9 @@ class Timings:
 class LlmCallResult:
     """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`.
 
-    `session_error` says why the session could not be saved, None if it was or if there is none.
+    `session_error` says why the session could not be saved, None if it was or if there is none. `parsed` is what an
+    answer in JSON holds, where a `response_format` or a `schema` asked for one: an instance of `schema` where that is a
+    type. `parse_error` says why it holds nothing: the answer was cut, or a server didn't keep to the schema.
     """
 
     content: str
@@ -271,6 +297,8 @@ class LlmCallResult:
     fallback_reason: str | None = None
     timings: Timings | None = None
     session_error: str | None = None
+    parsed: Any = None
+    parse_error: str | None = None
     tool_calls: Sequence[Mapping[str, Any]] = ()
     provider: str | None = None
     attempts: int = 1

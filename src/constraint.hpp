@@ -1,0 +1,317 @@
+// What a text has to be, token by token: a GBNF grammar, by llama.cpp; or a JSON schema, a regular expression or a Lark
+// grammar, by llguidance.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "guard.hpp"
+#include "llama-grammar.h"
+#include "llama.h"
+#include "text_filter.hpp"
+
+namespace tea {
+
+class Constraint {
+  public:
+    virtual ~Constraint() = default;
+
+    // The same before its first token.
+    virtual std::unique_ptr<Constraint> copy() const = 0;
+
+    // Whether a token may come next.
+    virtual bool allows(llama_token token) = 0;
+
+    // Makes minus infinity of the logit of each token that may not come next.
+    virtual void forbid(float * logits, int32_t n_vocab) = 0;
+
+    // Whether `forbid` costs so much that a token is better drawn first, and drawn again where it isn't allowed.
+    virtual bool is_slow() const = 0;
+
+    // Goes on by a token that `allows`.
+    virtual void accept(llama_token token) = 0;
+
+    // Whether the text is what it has to be, so that it may end here.
+    virtual bool may_end() = 0;
+
+    // Whether it has to end here.
+    virtual bool has_to_end() = 0;
+};
+
+// --- GBNF --------------------------------------------------------------------------------------------------------------
+struct Triggers {  // of a grammar that binds from where a text has one of them, and not from its beginning
+    std::vector<std::string> patterns;  // their first group is where it begins
+    std::vector<llama_token> tokens;
+
+    bool empty() const { return patterns.empty() && tokens.empty(); }
+};
+
+// Past white space and comments.
+inline const char * skip_space(const char * at) {
+    while (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == '#') {
+        if (*at++ == '#') at += std::strcspn(at, "\r\n");
+    }
+    return at;
+}
+
+// How deep the parentheses of a grammar are nested, literals and comments aside.
+inline int nesting(const char * at) {
+    int depth = 0, deepest = 0;
+    for (; *(at = skip_space(at)); ++at) {
+        if (*at == '"' || *at == '[') {
+            const char end = *at == '"' ? '"' : ']';
+            for (++at; *at && *at != end; ++at) at += *at == '\\' && at[1];
+            if (!*at) break;
+        }
+        depth += *at == '(' ? 1 : *at == ')' ? -1 : 0;
+        deepest = std::max(deepest, depth);
+    }
+    return deepest;
+}
+
+// Throws what is wrong with a grammar. llama_grammar_parser::parse() prints it to stderr, and the recursion in
+// it and in the search for left recursion may overflow the stack. Here the rules are read one by one.
+inline void check_grammar(const llama_vocab * vocab, const char * grammar) {
+    if (nesting(grammar) > 1000) throw std::runtime_error("more than 1000 nested parentheses");
+    llama_grammar_parser parser(vocab);
+    for (const char * at = skip_space(grammar); *at;) at = parser.parse_rule(at);
+    if (parser.rules.size() > 20000) throw std::runtime_error("more than 20000 rules");
+    for (const auto & [name, id] : parser.symbol_ids) {
+        if (id >= parser.rules.size() || parser.rules[id].empty()) throw std::runtime_error("there is no rule " + name);
+    }
+}
+
+class Gbnf : public Constraint {
+  public:
+    explicit Gbnf(const llama_vocab * vocab, llama_sampler * grammar) : vocab_(vocab), grammar_(grammar) {}
+    ~Gbnf() override { llama_sampler_free(grammar_); }
+    Gbnf(const Gbnf &) = delete;
+    Gbnf & operator=(const Gbnf &) = delete;
+
+    std::unique_ptr<Constraint> copy() const override {
+        Guard guard;
+        return std::make_unique<Gbnf>(vocab_, llama_sampler_clone(grammar_));
+    }
+
+    bool allows(llama_token token) override {
+        llama_token_data one{token, 0.0f, 0.0f};
+        llama_token_data_array array{&one, 1, -1, false};
+        llama_sampler_apply(grammar_, &array);
+        return one.logit > -INFINITY;
+    }
+
+    void forbid(float * logits, int32_t n_vocab) override {
+        candidates_.clear();
+        for (llama_token id = 0; id < n_vocab; ++id) {
+            if (logits[id] > -INFINITY) candidates_.push_back({id, logits[id], 0.0f});
+        }
+        llama_token_data_array array{candidates_.data(), candidates_.size(), -1, false};
+        llama_sampler_apply(grammar_, &array);
+        for (const auto & candidate : candidates_) logits[candidate.id] = candidate.logit;
+    }
+
+    bool is_slow() const override { return true; }
+
+    void accept(llama_token token) override { llama_sampler_accept(grammar_, token); }
+
+    bool may_end() override {
+        const llama_token eot = llama_vocab_eot(vocab_), eos = llama_vocab_eos(vocab_);
+        return (eot >= 0 && allows(eot)) || (eos >= 0 && allows(eos));
+    }
+
+    bool has_to_end() override { return false; }  // not to be had cheaply; the model can only choose to end
+
+  private:
+    const llama_vocab * vocab_;
+    llama_sampler * grammar_;
+    std::vector<llama_token_data> candidates_;
+};
+
+// NULL where llama.cpp refuses the grammar in its log: no root, left recursion.
+inline std::unique_ptr<Constraint> new_gbnf(const llama_vocab * vocab, const char * grammar, const Triggers & triggers) {
+    Guard guard;
+    check_grammar(vocab, grammar);
+    std::vector<const char *> patterns;
+    for (const auto & pattern : triggers.patterns) patterns.push_back(pattern.c_str());
+    llama_sampler * sampler =
+        triggers.empty() ? llama_sampler_init_grammar(vocab, grammar, "root")
+                         : llama_sampler_init_grammar_lazy_patterns(vocab, grammar, "root", patterns.data(), patterns.size(),
+                                                                    triggers.tokens.data(), triggers.tokens.size());
+    return sampler == nullptr ? nullptr : std::make_unique<Gbnf>(vocab, sampler);
+}
+
+// --- llguidance --------------------------------------------------------------------------------------------------------
+// The C interface of the llguidance package (parser/llguidance.h of version 1.9), found in its library at run time. In a
+// later 1.x, what is said to begin with its size may have grown, and the rest may not change.
+struct Llguidance {
+    struct Tokenizer;
+    struct Matcher;
+
+    struct TokenizerInit {
+        size_t struct_size;
+        uint32_t vocab_size;
+        uint32_t tok_eos;
+        const uint32_t * token_lens;
+        const uint8_t * token_bytes;
+        const char * tokenizer_json;
+        bool tokenize_assumes_string;
+        size_t (*tokenize_fn)(const void *, const uint8_t *, size_t, uint32_t *, size_t);
+        bool use_approximate_greedy_tokenize_fn;
+        const void * tokenize_user_data;
+        const char * const * slices;
+        const uint32_t * tok_eos_extra;
+        uint32_t tok_eos_extra_count;
+    };
+
+    struct MatcherInit {
+        const Tokenizer * tokenizer;
+        uint32_t log_buffer_level;
+        uint32_t log_stderr_level;
+        char rest[512];  // written by set_defaults, and longer than it is
+    };
+
+    Tokenizer * (*new_tokenizer_v2)(const TokenizerInit *, char * error, size_t error_size);
+    void (*free_tokenizer)(Tokenizer *);
+    void (*constraint_init_set_defaults)(MatcherInit *, const Tokenizer *);
+    Matcher * (*new_matcher)(const MatcherInit *, const char * kind, const char * source);
+    Matcher * (*clone_matcher)(const Matcher *);
+    void (*free_matcher)(Matcher *);
+    const char * (*matcher_get_error)(Matcher *);
+    int32_t (*matcher_compute_mask_into)(Matcher *, uint32_t * mask, size_t n_bytes);
+    int32_t (*matcher_validate_tokens)(Matcher *, const uint32_t * tokens, size_t n);
+    int32_t (*matcher_consume_token)(Matcher *, uint32_t token);
+    bool (*matcher_is_accepting)(Matcher *);
+    bool (*matcher_is_stopped)(const Matcher *);
+};
+
+inline Llguidance llguidance{};
+
+inline const char * const llguidance_names[] = {  // in the order above
+    "llg_new_tokenizer_v2", "llg_free_tokenizer", "llg_constraint_init_set_defaults", "llg_new_matcher",
+    "llg_clone_matcher", "llg_free_matcher", "llg_matcher_get_error", "llg_matcher_compute_mask_into",
+    "llg_matcher_validate_tokens", "llg_matcher_consume_token", "llg_matcher_is_accepting", "llg_matcher_is_stopped",
+};
+constexpr size_t llguidance_size = sizeof llguidance_names / sizeof *llguidance_names;
+static_assert(sizeof(Llguidance) == llguidance_size * sizeof(void *), "each function has its name");
+
+inline void set_llguidance(size_t i, size_t address) {
+    std::memcpy(reinterpret_cast<char *>(&llguidance) + i * sizeof(void *), &address, sizeof(void *));
+}
+
+// llguidance's view of a vocabulary: made for the first constraint of a model, as it takes a moment for a large one.
+class GuidedVocab {
+  public:
+    explicit GuidedVocab(const llama_vocab * vocab) {
+        const int32_t n = llama_vocab_n_tokens(vocab);
+        const llama_token turn = llama_vocab_eot(vocab) >= 0 ? llama_vocab_eot(vocab) : llama_vocab_eos(vocab);
+        std::vector<uint32_t> lengths, ends;
+        std::string bytes, piece;
+        for (llama_token token = 0; token < n; ++token) {
+            read_piece(vocab, token, false, piece);
+            if (ends_text(vocab, token) || llama_vocab_is_control(vocab, token)) {
+                read_piece(vocab, token, true, piece);
+                piece.insert(piece.begin(), '\xFF');  // marks what is no text
+            }
+            if (ends_text(vocab, token) && token != turn) ends.push_back(static_cast<uint32_t>(token));
+            lengths.push_back(static_cast<uint32_t>(piece.size()));
+            bytes += piece;
+        }
+        Llguidance::TokenizerInit init{};
+        init.struct_size = sizeof init;
+        init.vocab_size = static_cast<uint32_t>(n);
+        init.tok_eos = static_cast<uint32_t>(turn);  // none: no token has that number
+        init.token_lens = lengths.data();
+        init.token_bytes = reinterpret_cast<const uint8_t *>(bytes.data());
+        init.use_approximate_greedy_tokenize_fn = true;  // only asked for tokens to be forced, which we don't
+        init.tok_eos_extra = ends.data();
+        init.tok_eos_extra_count = static_cast<uint32_t>(ends.size());
+        char error[512] = "";
+        tokenizer_ = llguidance.new_tokenizer_v2(&init, error, sizeof error);
+        if (!tokenizer_) throw std::runtime_error(std::string("llguidance can't read this vocabulary: ") + error);
+    }
+    ~GuidedVocab() { llguidance.free_tokenizer(tokenizer_); }
+    GuidedVocab(const GuidedVocab &) = delete;
+    GuidedVocab & operator=(const GuidedVocab &) = delete;
+
+    const Llguidance::Tokenizer * tokenizer() const { return tokenizer_; }
+
+  private:
+    Llguidance::Tokenizer * tokenizer_;
+};
+
+class Guided : public Constraint {
+  public:
+    Guided(const llama_vocab * vocab, Llguidance::Matcher * matcher) : vocab_(vocab), matcher_(matcher) {}
+    ~Guided() override { llguidance.free_matcher(matcher_); }
+    Guided(const Guided &) = delete;
+    Guided & operator=(const Guided &) = delete;
+
+    std::unique_ptr<Constraint> copy() const override {
+        return std::make_unique<Guided>(vocab_, llguidance.clone_matcher(matcher_));
+    }
+
+    bool allows(llama_token token) override {
+        if (ends_text(vocab_, token)) return may_end();
+        const auto id = static_cast<uint32_t>(token);
+        const int32_t n = llguidance.matcher_validate_tokens(matcher_, &id, 1);
+        if (n < 0) fail();
+        return n == 1;
+    }
+
+    void forbid(float * logits, int32_t n_vocab) override {
+        mask_.resize((n_vocab + 31) / 32);
+        if (llguidance.matcher_compute_mask_into(matcher_, mask_.data(), 4 * mask_.size()) != 0) fail();
+        for (size_t word = 0; word < mask_.size(); ++word) {
+            const uint32_t allowed = mask_[word];
+            if (allowed == UINT32_MAX) continue;
+            const auto from = static_cast<int32_t>(32 * word), to = std::min(from + 32, n_vocab);
+            for (int32_t id = from; id < to; ++id) {
+                logits[id] = allowed >> (id - from) & 1 ? logits[id] : -INFINITY;
+            }
+        }
+    }
+
+    bool is_slow() const override { return false; }
+
+    void accept(llama_token token) override {
+        if (ends_text(vocab_, token)) return;
+        if (llguidance.matcher_consume_token(matcher_, static_cast<uint32_t>(token)) != 0) fail();
+    }
+
+    bool may_end() override { return llguidance.matcher_is_accepting(matcher_); }
+
+    bool has_to_end() override { return llguidance.matcher_is_stopped(matcher_); }
+
+  private:
+    [[noreturn]] void fail() {
+        const char * error = llguidance.matcher_get_error(matcher_);
+        const std::string words = error ? error : "it gave no reason";
+        throw std::runtime_error("llguidance gave up on the grammar: " + words.substr(0, words.find('\n')));  // its state follows
+    }
+
+    const llama_vocab * vocab_;
+    Llguidance::Matcher * matcher_;
+    std::vector<uint32_t> mask_;
+};
+
+// Throws what is wrong with the source. `kind` is llguidance's: "json_schema", "regex" or "lark".
+inline std::unique_ptr<Constraint> new_guided(
+    const llama_vocab * vocab, const GuidedVocab & guided, const char * kind, const char * source) {
+    Llguidance::MatcherInit init{};
+    llguidance.constraint_init_set_defaults(&init, guided.tokenizer());
+    init.log_stderr_level = 0;
+    Llguidance::Matcher * matcher = llguidance.new_matcher(&init, kind, source);
+    auto made = std::make_unique<Guided>(vocab, matcher);
+    if (const char * error = llguidance.matcher_get_error(matcher)) throw std::runtime_error(error);
+    return made;
+}
+
+}  // namespace tea
