@@ -41,11 +41,12 @@ from tea_llm.backend import RequestBackend
 from tea_llm.settings import LlmSettings
 
 from .api_server import ApiServer, chat, delta, sse, stream
-from .generating import TOO_WIDE
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm import registry
 from tea_llm.api import ApiLlmBackend
+
+from .generating import TOO_WIDE
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 

@@ -20,8 +20,10 @@ import pydantic
 import pytest
 
 from tea_llm import ApiLlmBackend, BadRequest, GrammarError, LlmCallParams, LlmError, LocalLlmBackend, register_actions
-from tea_llm._llama import Context, Generation, Grammar, Model, Sampler
 from tea_llm.constraint import constraint_of
+
+pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
+from tea_llm._llama import Context, Generation, Grammar, Model, Sampler
 
 from .api_server import chat
 from .generating import together

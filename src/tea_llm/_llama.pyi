@@ -11,6 +11,7 @@ from tea_llm.errors import LlmError
 __all__ = [
     "Context",
     "Generation",
+    "Grammar",
     "Loading",
     "Model",
     "Sampler",
