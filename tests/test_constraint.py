@@ -42,6 +42,8 @@ PERSON = {
 }
 
 
+FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
+TIME = r"\d\d:\d\d:[0-5]\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)"
 DIGITS = frozenset("0123456789")
 
 
@@ -140,7 +142,7 @@ def test_what_a_model_writes_at_random_fulfils_the_suites_schemas(shared_models,
         for (name, schema, generation), text in zip(batch, texts, strict=True):
             if generation.finish_reason == "stop":
                 n_whole += 1
-                check = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+                check = jsonschema.Draft202012Validator(schema, format_checker=FORMATS)
                 with contextlib.suppress(re.error):  # \\p{Letter} is none of Python's
                     assert check.is_valid(json.loads(text)), (name, schema, text)
     assert n_whole > len(begun) / 2
@@ -166,6 +168,7 @@ def test_an_answer_by_a_schema_is_parsed(backend, seed):
         ({"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"}, lambda v: re.fullmatch("[A-Z]{2}[0-9]{3}", v)),
         ({"type": "string", "pattern": r"^\\\d[\w\]-]\w$"}, lambda v: re.fullmatch(r"\\\d[\w\]-]\w", v, re.ASCII)),
         ({"patternProperties": {r"^\d$": {}}, "type": "object", "additionalProperties": False}, DIGITS.issuperset),
+        ({"type": "string", "format": "time"}, lambda v: re.fullmatch(TIME, v)),
         ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d{2}-\d{2}", v)),
         ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}, lambda v: len(v) in (2, 3)),
         (True, lambda v: True),

@@ -5,7 +5,8 @@ Standard input holds one request, standard output one reply, both JSON; what the
 
     request  {"model": path, "n_ctx": int, "n_parallel": int | null, "n_threads": int | null, "flash_attn": bool | null,
               "prompt_cache": bool, "features": [str, …], "server": path | null,
-              "waves": [[{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool}, …], …]}
+              "waves": [[{"name": str, "prompt": str, "n_tokens": int, "sampled": bool, "stream": bool,
+              "schema": {…} | null, "temperature": float | null}, …], …]}
     reply    {"version": str, "started": s | null, "rss_bytes": int, "waves": [{"wall_s", "calls":
               [{"name", "prompt_tokens", "tokens", "wall_s", "first_s" | null, "last_s" | null, "ended"}, …]}, …]}
 
@@ -34,13 +35,25 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Call:
-    """One text to generate: `n_tokens` after `prompt`, greedy unless `sampled`."""
+    """One text to generate: `n_tokens` after `prompt`, greedy unless `sampled` (at `temperature`; None: the chain's).
+
+    With a `schema` it is JSON, which has to be longer than `n_tokens` to fulfil it.
+    """
 
     name: str
     prompt: str
     n_tokens: int
     sampled: bool = False
     stream: bool = False
+    schema: dict[str, Any] | None = None
+    temperature: float | None = None
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The samplers, by llama.cpp's names."""
+        if not self.sampled:
+            return {"temperature": 0.0}
+        return SAMPLING if self.temperature is None else {**SAMPLING, "temperature": self.temperature}
 
 
 Wave = tuple[Call, ...]

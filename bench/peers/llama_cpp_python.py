@@ -6,7 +6,9 @@ The feature `ram-cache` gives it a `LlamaRAMCache`.
 
 from __future__ import annotations
 
-from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, serve
+import json
+
+from adapter import SEED, Call, Chunks, Counts, InProcess, Request, serve
 
 
 class LlamaCppPython(InProcess):
@@ -29,6 +31,7 @@ class LlamaCppPython(InProcess):
             no_perf=True,
             verbose=False,
         )
+        self._grammar = llama_cpp.LlamaGrammar.from_json_schema
         if "ram-cache" in request.features:
             self._llama.set_cache(llama_cpp.LlamaRAMCache())
 
@@ -38,8 +41,9 @@ class LlamaCppPython(InProcess):
         return str(llama_cpp.__version__)
 
     def generate(self, call: Call, chunks: Chunks) -> Counts:
-        sampling = SAMPLING if call.sampled else {"temperature": 0.0}
-        options = {"max_tokens": call.n_tokens, "seed": SEED, "repeat_penalty": 1.0, **sampling}
+        options = {"max_tokens": call.n_tokens, "seed": SEED, "repeat_penalty": 1.0, **call.sampling}
+        if call.schema is not None:
+            options["grammar"] = self._grammar(json.dumps(call.schema))
         if not call.stream:
             usage = self._llama.create_completion(call.prompt, **options)["usage"]
             return Counts(usage["prompt_tokens"], usage["completion_tokens"])

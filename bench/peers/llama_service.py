@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapter import SAMPLING, SEED, Call, Counts
+from adapter import SEED, Call, Counts
 
 RAM_CACHE_MIB = 8192
 """The size that llama-server gives its cache in host memory, unless it is switched off."""
@@ -15,7 +15,9 @@ _CHAIN = ["top_k", "top_p", "min_p", "temperature"]
 
 def completion_body(call: Call, prompt_cache: bool) -> dict[str, Any]:
     """The body of a completion request, which may or may not use what was computed for an earlier prompt."""
-    sampling = {**SAMPLING, "samplers": _CHAIN} if call.sampled else {"temperature": 0.0}
+    sampling: dict[str, Any] = call.sampling | ({"samplers": _CHAIN} if call.sampled else {})
+    if call.schema is not None:
+        sampling = {**sampling, "json_schema": call.schema}
     body = {"prompt": call.prompt, "stream": call.stream, "cache_prompt": prompt_cache, "seed": SEED, **sampling}
     return {**body, "n_predict": call.n_tokens, "max_tokens": call.n_tokens}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapter import SAMPLING, SEED, Call, Chunks, Counts, InProcess, Request, serve
+from adapter import SEED, Call, Chunks, Counts, InProcess, Request, serve
 
 
 class Tea(InProcess):
@@ -22,8 +22,9 @@ class Tea(InProcess):
         return version("tea_llm")
 
     def generate(self, call: Call, chunks: Chunks) -> Counts:
-        sampling = SAMPLING if call.sampled else {"temperature": 0}
-        params = self._params(prompt=call.prompt, max_tokens=call.n_tokens, seed=SEED, **sampling)
+        params = self._params(
+            prompt=call.prompt, max_tokens=call.n_tokens, seed=SEED, schema=call.schema, **call.sampling
+        )
         result = self._backend.generate(params, (lambda _text: chunks.arrived()) if call.stream else None)
         if result.usage is None:
             raise RuntimeError("the result has no usage; the tokens can't be counted")

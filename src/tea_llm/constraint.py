@@ -178,6 +178,8 @@ def _prepared(schema: Any, strict: bool) -> Any:
             )
         else:
             prepared[key] = _prepared(value, strict)
+    if schema.get("format") in ("time", "date-time"):  # llguidance has a leap second in each minute
+        prepared = {"allOf": [prepared, {"pattern": "^[^:]*:[^:]*:[0-5]"}]}
     return prepared
 
 
