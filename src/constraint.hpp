@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -62,49 +64,136 @@ inline const char * skip_space(const char * at) {
     return at;
 }
 
-// How deep the parentheses of a grammar are nested, literals and comments aside.
-inline int nesting(const char * at) {
-    int depth = 0, deepest = 0;
+// Throws for what llama.cpp's parser takes into a recursion without end or a loop that eats all memory.
+inline void check_source(const char * at) {
+    int depth = 0;
     for (; *(at = skip_space(at)); ++at) {
-        if (*at == '"' || *at == '[') {
+        if (*at == '"' || *at == '[') {  // a literal
             const char end = *at == '"' ? '"' : ']';
             for (++at; *at && *at != end; ++at) at += *at == '\\' && at[1];
             if (!*at) break;
         }
         depth += *at == '(' ? 1 : *at == ')' ? -1 : 0;
-        deepest = std::max(deepest, depth);
+        if (depth > 1000) throw std::runtime_error("more than 1000 nested parentheses");
+        if (*at == '{') {
+            char * rest = nullptr;
+            const auto least = std::strtoull(at + 1, &rest, 10), most = *rest == ',' ? std::strtoull(rest + 1, &rest, 10) : least;
+            if (rest[-1] != ',' && most < least) throw std::runtime_error("a repetition of at least more than at most");
+        }
     }
-    return deepest;
 }
 
-// Throws what is wrong with a grammar. llama_grammar_parser::parse() prints it to stderr, and the recursion in
-// it and in the search for left recursion may overflow the stack. Here the rules are read one by one.
+// Whether an element ends one way to write a rule.
+inline bool ends_way(const llama_grammar_element & e) {
+    return e.type == LLAMA_GRETYPE_END || e.type == LLAMA_GRETYPE_ALT;
+}
+
+// For each rule, whether it may be empty.
+inline std::vector<bool> find_empty(const llama_grammar_rules & rules) {
+    std::vector<bool> empty(rules.size());
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (size_t id = 0; id < rules.size(); ++id) {
+            bool is_empty = !empty[id];
+            for (size_t i = 0; i < rules[id].size() && !empty[id]; ++i) {
+                const auto & element = rules[id][i];
+                if (ends_way(element)) {
+                    empty[id] = is_empty;
+                    changed |= is_empty;
+                    is_empty = true;
+                } else {
+                    is_empty = is_empty && element.type == LLAMA_GRETYPE_RULE_REF && empty[element.value];
+                }
+            }
+        }
+    }
+    return empty;
+}
+
+// Whether a rule begins with itself, which llama.cpp refuses. Throws for rules that begin with each other on so many paths
+// that its search for that, which goes along each of them, would not come back.
+inline bool is_left_recursive(const llama_grammar_rules & rules) {
+    constexpr double most = 1e6;
+    const std::vector<bool> empty = find_empty(rules);
+    std::vector<double> n_paths(rules.size(), 0);  // from each rule on; -1: being counted
+    bool recursive = false;
+    const std::function<double(uint32_t)> count = [&](uint32_t id) {
+        recursive |= n_paths[id] < 0;
+        if (n_paths[id] != 0) return std::max(n_paths[id], 1.0);
+        n_paths[id] = -1;
+        double n = 1;
+        bool begins = true;
+        for (const auto & element : rules[id]) {
+            const bool refers = element.type == LLAMA_GRETYPE_RULE_REF;
+            if (begins && refers) n += count(element.value);
+            begins = ends_way(element) || (begins && refers && empty[element.value]);
+        }
+        return n_paths[id] = n;
+    };
+    for (uint32_t id = 0; id < rules.size(); ++id) {
+        if (count(id) > most) throw std::runtime_error("rules that begin with each other in too many ways");
+    }
+    return recursive;
+}
+
+// Throws for a grammar with so many ways to go on from where a rule begins that llama.cpp, which follows all of them at
+// once, would not come back.
+inline void check_ways(const llama_grammar_rules & rules) {
+    constexpr size_t most_at_once = 4096, most = 10'000'000;
+    size_t n_all = 0;
+    for (uint32_t rule = 0; rule < rules.size(); ++rule) {
+        const llama_grammar_element begin[] = {{LLAMA_GRETYPE_RULE_REF, rule}, {LLAMA_GRETYPE_END, 0}};
+        std::set<llama_grammar_stack> seen;
+        llama_grammar_stacks todo = {{begin}};
+        while (!todo.empty()) {
+            const llama_grammar_stack stack = std::move(todo.back());
+            todo.pop_back();
+            if (!seen.insert(stack).second) continue;
+            n_all += stack.size() + 1;
+            if (seen.size() > most_at_once || n_all > most) {
+                throw std::runtime_error("too many ways to go on from one place: optional parts, or alternatives");
+            }
+            if (stack.empty() || stack.back()->type != LLAMA_GRETYPE_RULE_REF) continue;
+            for (const llama_grammar_element * at = rules[stack.back()->value].data();; ++at) {
+                llama_grammar_stack next(stack.begin(), stack.end() - 1);
+                if (!ends_way(stack.back()[1])) next.push_back(stack.back() + 1);
+                if (!ends_way(*at)) next.push_back(at);
+                todo.push_back(std::move(next));
+                while (!ends_way(*at)) ++at;
+                if (at->type == LLAMA_GRETYPE_END) break;
+            }
+        }
+    }
+}
+
+// Throws what is wrong with a grammar. llama_grammar_parser::parse() prints it to stderr; here the rules are read one by
+// one, and what would not end is refused.
 inline void check_grammar(const llama_vocab * vocab, const char * grammar) {
-    if (nesting(grammar) > 1000) throw std::runtime_error("more than 1000 nested parentheses");
+    check_source(grammar);
     llama_grammar_parser parser(vocab);
     for (const char * at = skip_space(grammar); *at;) at = parser.parse_rule(at);
     if (parser.rules.size() > 20000) throw std::runtime_error("more than 20000 rules");
     for (const auto & [name, id] : parser.symbol_ids) {
         if (id >= parser.rules.size() || parser.rules[id].empty()) throw std::runtime_error("there is no rule " + name);
     }
+    if (!is_left_recursive(parser.rules)) check_ways(parser.rules);
 }
 
 class Gbnf : public Constraint {
   public:
-    explicit Gbnf(const llama_vocab * vocab, llama_sampler * grammar) : vocab_(vocab), grammar_(grammar) {}
-    ~Gbnf() override { llama_sampler_free(grammar_); }
+    explicit Gbnf(llama_grammar * grammar) : grammar_(grammar) {}
+    ~Gbnf() override { llama_grammar_free_impl(grammar_); }
     Gbnf(const Gbnf &) = delete;
     Gbnf & operator=(const Gbnf &) = delete;
 
     std::unique_ptr<Constraint> copy() const override {
-        Guard guard;
-        return std::make_unique<Gbnf>(vocab_, llama_sampler_clone(grammar_));
+        return std::make_unique<Gbnf>(llama_grammar_clone_impl(*grammar_));
     }
 
     bool allows(llama_token token) override {
         llama_token_data one{token, 0.0f, 0.0f};
         llama_token_data_array array{&one, 1, -1, false};
-        llama_sampler_apply(grammar_, &array);
+        llama_grammar_apply_impl(*grammar_, &array);
         return one.logit > -INFINITY;
     }
 
@@ -114,24 +203,31 @@ class Gbnf : public Constraint {
             if (logits[id] > -INFINITY) candidates_.push_back({id, logits[id], 0.0f});
         }
         llama_token_data_array array{candidates_.data(), candidates_.size(), -1, false};
-        llama_sampler_apply(grammar_, &array);
+        llama_grammar_apply_impl(*grammar_, &array);
         for (const auto & candidate : candidates_) logits[candidate.id] = candidate.logit;
     }
 
     bool is_slow() const override { return true; }
 
-    void accept(llama_token token) override { llama_sampler_accept(grammar_, token); }
-
-    bool may_end() override {
-        const llama_token eot = llama_vocab_eot(vocab_), eos = llama_vocab_eos(vocab_);
-        return (eot >= 0 && allows(eot)) || (eos >= 0 && allows(eos));
+    void accept(llama_token token) override {
+        llama_grammar_accept_impl(*grammar_, token);
+        if (grammar_->stacks.size() > most_stacks) {
+            throw std::runtime_error("the grammar can be followed in too many ways at once; make it less ambiguous");
+        }
     }
 
-    bool has_to_end() override { return false; }  // not to be had cheaply; the model can only choose to end
+    bool may_end() override {
+        const auto is_whole = [](const llama_grammar_stack & stack) { return stack.empty(); };
+        return grammar_->awaiting_trigger ||
+               std::any_of(grammar_->stacks.begin(), grammar_->stacks.end(), is_whole);
+    }
+
+    bool has_to_end() override { return false; }  // the model says so by its own end
+
+    static constexpr size_t most_stacks = 4096;
 
   private:
-    const llama_vocab * vocab_;
-    llama_sampler * grammar_;
+    llama_grammar * grammar_;
     std::vector<llama_token_data> candidates_;
 };
 
@@ -141,11 +237,10 @@ inline std::unique_ptr<Constraint> new_gbnf(const llama_vocab * vocab, const cha
     check_grammar(vocab, grammar);
     std::vector<const char *> patterns;
     for (const auto & pattern : triggers.patterns) patterns.push_back(pattern.c_str());
-    llama_sampler * sampler =
-        triggers.empty() ? llama_sampler_init_grammar(vocab, grammar, "root")
-                         : llama_sampler_init_grammar_lazy_patterns(vocab, grammar, "root", patterns.data(), patterns.size(),
-                                                                    triggers.tokens.data(), triggers.tokens.size());
-    return sampler == nullptr ? nullptr : std::make_unique<Gbnf>(vocab, sampler);
+    llama_grammar * made =
+        llama_grammar_init_impl(vocab, grammar, "root", !triggers.empty(), patterns.data(), patterns.size(),
+                                triggers.tokens.data(), triggers.tokens.size());
+    return made == nullptr ? nullptr : std::make_unique<Gbnf>(made);
 }
 
 // --- llguidance --------------------------------------------------------------------------------------------------------

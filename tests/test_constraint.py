@@ -19,7 +19,16 @@ import llguidance
 import pydantic
 import pytest
 
-from tea_llm import ApiLlmBackend, BadRequest, GrammarError, LlmCallParams, LlmError, LocalLlmBackend, register_actions
+from tea_llm import (
+    ApiLlmBackend,
+    BadRequest,
+    EngineFault,
+    GrammarError,
+    LlmCallParams,
+    LlmError,
+    LocalLlmBackend,
+    register_actions,
+)
 from tea_llm.constraint import constraint_of
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
@@ -382,6 +391,29 @@ def test_a_hostile_constraint_ends_in_an_answer_or_an_error(backend, fields):
     with contextlib.suppress(LlmError):
         result = backend.call(LlmCallParams("x", temperature=1.5, seed=1, max_tokens=8, timeout_s=60, **fields))
         assert result.finish_reason in ("stop", "length")
+    assert backend.call(LlmCallParams("x", choices=["a"])).content == "a"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        ('root ::= "x"{19,5}', "at least more than at most"),
+        ("root ::= a0\n" + "\n".join(f'a{i} ::= a{i + 1} a{i + 1} | "x"' for i in range(30)) + '\na30 ::= ""', "ways"),
+        ("root ::= a0\n" + "\n".join(f"a{i} ::= a{i + 1} | a{i + 1}" for i in range(40)) + '\na40 ::= "y"', "ways"),
+        ("root ::= " + " | ".join(f'"w{i}"' for i in range(50_000)), "ways"),
+    ],
+    ids=["reversed", "exponential", "diamonds", "alternatives"],
+)
+def test_a_grammar_that_llama_cpp_would_not_come_back_from_is_refused(backend, grammar, words):
+    with pytest.raises(GrammarError, match=words):
+        backend.call(hot(1, grammar=grammar))
+
+
+def test_a_grammar_that_becomes_too_ambiguous_ends_its_text(backend):
+    grammar = "root ::= x\nx ::= " + " | ".join(f'"a" x y{i}' for i in range(5)) + ' | "b"\n'
+    grammar += "\n".join(f'y{i} ::= "{i}"' for i in range(5))
+    with pytest.raises(EngineFault, match="too many ways"):
+        backend.call(LlmCallParams("x", temperature=0, grammar=grammar, logit_bias={b"a"[0] + 3: 50.0}, max_tokens=50))
     assert backend.call(LlmCallParams("x", choices=["a"])).content == "a"
 
 
