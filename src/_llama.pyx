@@ -29,7 +29,8 @@ import stat
 from tea_llm import errors
 
 __all__ = [
-    "Context", "Generation", "Grammar", "Loading", "Model", "Sampler", "devices", "llama_version", "state_layout",
+    "ChatPrompt", "Context", "Generation", "Grammar", "Loading", "Model", "Sampler", "devices", "llama_version",
+    "state_layout",
     "supports_gpu_offload", "system_info",
 ]
 
@@ -169,7 +170,7 @@ cdef class Model:
     cdef llama_model* _model         # the weights
     cdef llama_model* _words         # vocabulary and templates: the same, or one loaded beside it (split_load.hpp)
     cdef const llama_vocab* _vocab   # of _words
-    cdef ChatTemplate* _chat
+    cdef dict _templates             # compiled chat templates by their source, the last used last
     cdef GuidedVocab* _guided        # made for the first grammar of llguidance's
     cdef int _pid
     cdef bint _with_mtp
@@ -195,6 +196,7 @@ cdef class Model:
         params.load_mtp = self._with_mtp = load_mtp
         params.progress_callback = _on_progress
         params.progress_callback_user_data = <void*>loading
+        self._templates = {}
         self._pid = getpid()
         cdef const char* c_path = encoded
         cdef bytes real_path = os.fsencode(os.path.realpath(self.path))
@@ -250,7 +252,6 @@ cdef class Model:
 
     def __dealloc__(self):
         if self._model != NULL and self._pid == getpid():
-            del self._chat
             del self._guided
             with nogil:
                 if self._words != self._model:
@@ -360,29 +361,85 @@ cdef class Model:
         cdef const char* template = llama_model_chat_template(self._words, NULL)
         return None if template == NULL else template.decode("utf-8", "replace")
 
-    def render_chat(self, messages, *, bint add_generation_prompt=True) -> str:
-        """The prompt for `messages` by the file's own template, rendered by llama.cpp's chat code.
+    def apply_chat_template(self, messages, *, tools=None, tool_choice="auto", parallel_tool_calls=None,
+                            template_kwargs=None, enable_thinking=None, json_schema=None, add_generation_prompt=True,
+                            reasoning_format="auto", template=None, variant=None) -> ChatPrompt:
+        """The prompt for `messages` and `tools`, rendered by llama.cpp's chat code, with how its answer is to be read.
 
-        Raises BadRequest when the model has no template, or the template refuses the messages.
+        The template is `template` (Jinja), or the file's: its `variant` ("tool_use" and the like), or what llama.cpp
+        takes. `tool_choice` is "auto", "none", "required", or the name of the one tool to call, which is then the only
+        one that is shown. What is None is as in llama.cpp's server: calls in parallel and thinking where the template
+        knows them. A last message of the assistant is gone on from, unless `add_generation_prompt` is False.
+
+        Raises BadRequest when there is no such template or tool, or the template refuses what it gets.
         """
-        if self.chat_template is None:
-            raise errors.BadRequest(f"{self.path} has no chat template; name a chat_format or give a prompt")
         import json
 
-        cdef string encoded, prompt
+        if template is None:
+            template = self._file_template(variant)
+        request = {"messages": list(messages), "tool_choice": tool_choice, "reasoning_format": reasoning_format,
+                   "add_generation_prompt": add_generation_prompt}
+        if tools:
+            request["tools"] = list(tools)
+        if tool_choice not in ("auto", "none", "required"):
+            request["tools"] = _named_tool(tools or (), tool_choice)
+            request["tool_choice"] = "required"
+        kwargs = dict(template_kwargs or {})
+        if enable_thinking is not None:
+            kwargs["enable_thinking"] = enable_thinking
+        if "enable_thinking" in kwargs:
+            if type(kwargs["enable_thinking"]) is not type(True):
+                raise errors.BadRequest(f"enable_thinking is {kwargs['enable_thinking']!r}; give True or False")
+            request["enable_thinking"] = kwargs["enable_thinking"]
+        if kwargs:
+            request["chat_template_kwargs"] = kwargs
+        if json_schema is not None:
+            request["json_schema"] = json_schema
+        if parallel_tool_calls is not None:
+            request["parallel_tool_calls"] = parallel_tool_calls
+        cdef string encoded
         try:
-            encoded = json.dumps(list(messages)).encode()
-        except TypeError as exc:
+            encoded = json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as exc:
             raise errors.BadRequest(
-                f"messages can't be written as JSON: {exc}; keep them to texts, numbers and mappings") from exc
+                f"messages and tools can't be written as JSON: {exc}; keep them to texts, numbers and mappings") from exc
+        cdef ChatPrompt prompt = ChatPrompt.__new__(ChatPrompt)
+        cdef _Template compiled
         try:
-            if self._chat == NULL:
-                self._chat = new ChatTemplate(self._words, string())
+            compiled = self._compiled(template)
             with nogil:
-                prompt = self._chat.render(encoded, add_generation_prompt)
+                prompt._params = compiled._template.apply(encoded)
         except errors.EngineFault as exc:
             raise errors.BadRequest(f"the chat template of {self.path} can't render these messages: {exc}") from exc
-        return prompt.decode("utf-8", "replace")
+        prompt.reasoning_format = reasoning_format
+        return prompt
+
+    cdef str _file_template(self, variant):
+        """The source of the file's template of that name, "" for the one that llama.cpp takes."""
+        self._check()
+        cdef bytes name = b"" if variant is None else _utf8(variant, "the template's name")
+        cdef const char* c_name = name
+        if variant is None:
+            c_name = NULL
+        cdef const char* source = llama_model_chat_template(self._words, c_name)
+        if source == NULL and variant is not None:
+            raise errors.BadRequest(f"{self.path} has no chat template named {variant!r}; leave the name out")
+        if source == NULL:
+            raise errors.BadRequest(f"{self.path} has no chat template; name a chat_format or give a prompt")
+        return "" if variant is None else source.decode("utf-8", "replace")
+
+    cdef _Template _compiled(self, str source):
+        """`source` as llama.cpp runs it, compiled once; "" is the file's own."""
+        cdef string encoded = _utf8(source, "the chat template")
+        cdef _Template compiled = self._templates.pop(source, None)
+        if compiled is None:
+            compiled = _Template()
+            with nogil:
+                compiled._template = new ChatTemplate(self._words, encoded)
+            while len(self._templates) >= _MAX_TEMPLATES:
+                self._templates.pop(next(iter(self._templates)), None)
+        self._templates[source] = compiled
+        return compiled
 
     # --- vocabulary ---------------------------------------------------------------------------------------------------
     @property
@@ -484,6 +541,107 @@ cdef class Model:
 
     def __repr__(self):
         return f"Model({self.path!r})"
+
+
+_MAX_TEMPLATES = 8  # compiled for one model
+
+
+cdef class _Template:
+    """A compiled chat template."""
+
+    cdef ChatTemplate* _template
+
+    def __dealloc__(self):
+        with nogil:
+            del self._template
+
+
+cdef list _named_tool(tools, name):
+    """The one of `tools` that is named so."""
+    try:
+        named = [tool for tool in tools if tool["function"]["name"] == name]
+    except (KeyError, TypeError) as exc:
+        raise errors.BadRequest(f"a tool has no name: {exc}; give {{'type': 'function', 'function': {{'name': …}}}}") from exc
+    if not named:
+        raise errors.BadRequest(
+            f"tool_choice is {name!r}, which none of the tools is named; choose 'auto', 'none', 'required' or a tool")
+    return named[:1]
+
+
+_TRIGGER_KINDS = {
+    COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN: "token",
+    COMMON_GRAMMAR_TRIGGER_TYPE_WORD: "word",
+    COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN: "pattern",
+    COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL: "pattern_full",
+}
+
+
+cdef class ChatPrompt:
+    """A rendered prompt, and what the template's family says about its answer (common/chat.h, common_chat_params)."""
+
+    cdef common_chat_params _params
+    cdef readonly str reasoning_format
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return _decoded(self._params.prompt)
+
+    @property
+    def generation_prompt(self) -> str:
+        """What the prompt ends with that already belongs to the answer."""
+        return _decoded(self._params.generation_prompt)
+
+    @property
+    def grammar(self) -> str:
+        """GBNF that the answer must match, or ""."""
+        return _decoded(self._params.grammar)
+
+    @property
+    def grammar_lazy(self) -> bool:
+        """Whether the grammar begins where one of `grammar_triggers` is found, and not with the answer."""
+        return self._params.grammar_lazy
+
+    @property
+    def grammar_triggers(self) -> list:
+        """What begins a lazy grammar: (kind, value, token), kind `token`, `word`, `pattern` or `pattern_full`."""
+        found = []
+        cdef common_grammar_trigger trigger
+        for trigger in self._params.grammar_triggers:
+            found.append((_TRIGGER_KINDS[trigger.type], _decoded(trigger.value), trigger.token))
+        return found
+
+    @property
+    def preserved_tokens(self) -> list:
+        """Texts of tokens that are part of the answer's markup, so that the reader must see them."""
+        return [_decoded(text) for text in self._params.preserved_tokens]
+
+    @property
+    def stops(self) -> list:
+        """Texts that end the answer."""
+        return [_decoded(text) for text in self._params.additional_stops]
+
+    @property
+    def supports_thinking(self) -> bool:
+        """Whether the model can think before it answers."""
+        return self._params.supports_thinking
+
+    @property
+    def thinking_start_tag(self) -> str:
+        """What begins its thinking, or ""."""
+        return _decoded(self._params.thinking_start_tag)
+
+    @property
+    def thinking_end_tags(self) -> list:
+        """What can end its thinking."""
+        return [_decoded(tag) for tag in self._params.thinking_end_tags]
+
+    def __repr__(self):
+        return f"ChatPrompt({self.text!r:.80})"
+
+
+cdef str _decoded(const string& text):
+    return PyUnicode_DecodeUTF8(text.data(), text.size(), "replace")
 
 
 cdef bytes _utf8(str text, str what):

@@ -152,10 +152,34 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         void wake()
         const PrefixCache& cache()
 
+cdef extern from "common.h" nogil:
+    enum common_grammar_trigger_type:
+        COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN
+        COMMON_GRAMMAR_TRIGGER_TYPE_WORD
+        COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN
+        COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL
+    cppclass common_grammar_trigger:
+        common_grammar_trigger_type type
+        string value
+        llama_token token
+
+cdef extern from "chat.h" nogil:
+    cppclass common_chat_params:
+        string prompt
+        string grammar
+        bool grammar_lazy
+        string generation_prompt
+        bool supports_thinking
+        string thinking_start_tag
+        vector[string] thinking_end_tags
+        vector[common_grammar_trigger] grammar_triggers
+        vector[string] preserved_tokens
+        vector[string] additional_stops
+
 cdef extern from "chat_template.hpp" namespace "tea" nogil:
     cppclass ChatTemplate:
         ChatTemplate(const llama_model* model, const string& source) except +raise_fault
-        string render(const string& messages, bool add_generation_prompt) except +raise_fault
+        common_chat_params apply(const string& request) except +raise_fault
 
 cdef extern from "ggml-cpu.h" nogil:
     struct ggml_threadpool_params:

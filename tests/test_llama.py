@@ -83,7 +83,7 @@ def resident_bytes() -> int:
         lambda m: m.has_encoder,
         lambda m: m.has_decoder,
         lambda m: m.chat_template,
-        lambda m: m.render_chat([]),
+        lambda m: m.apply_chat_template([]),
         lambda m: (m.bos, m.eos),
         lambda m: m.eot,
         lambda m: m.add_bos,
@@ -534,7 +534,7 @@ def test_nothing_is_written_to_the_terminal(shared_models, tmp_path, capfd):
     with pytest.raises(GrammarError):
         Sampler(model, grammar="root ::= (")
     with Path(os.devnull).open("w") as nowhere:
-        print(model.render_chat([{"role": "user", "content": "Hello!"}]), file=nowhere)
+        print(model.apply_chat_template([{"role": "user", "content": "Hello!"}]).text, file=nowhere)
     context = Context(model)
     sampler = Sampler(model, seed=1, dry_multiplier=1.0, mirostat=2, grammar="root ::= [a-z ]+")
     assert Generation(context, sampler, model.tokenize("Once"), max_tokens=20).run()

@@ -70,7 +70,7 @@ def test_a_conversation_is_computed_from_its_last_answer_on(shared_models):
     messages = [{"role": "user", "content": "Hello!"}]
     known = 0
     for answer in ("Tell me a story.", "Who are you?", "Thank you!"):
-        prompt = model.tokenize(model.render_chat(messages), parse_special=True)
+        prompt = model.tokenize(model.apply_chat_template(messages).text, parse_special=True)
         turn = generation(context, prompt, 24)
         text = turn.run()
         assert turn.n_cached >= known

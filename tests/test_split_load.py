@@ -60,7 +60,7 @@ def test_a_split_model_generates_the_same_text(both, sampling):
 def test_a_split_model_renders_the_same_chat(both):
     split, plain = both
     if plain.chat_template is not None:
-        assert split.render_chat(GREETING) == plain.render_chat(GREETING)
+        assert split.apply_chat_template(GREETING).text == plain.apply_chat_template(GREETING).text
 
 
 def test_a_split_encoder_gives_the_same_vectors(shared_models):

@@ -9,6 +9,7 @@ from typing_extensions import disjoint_base
 from tea_llm.errors import LlmError
 
 __all__ = [
+    "ChatPrompt",
     "Context",
     "Generation",
     "Grammar",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 _Pooling: TypeAlias = Literal["none", "mean", "cls", "last", "rank"]
+
+_ReasoningFormat: TypeAlias = Literal["none", "auto", "deepseek", "deepseek-legacy"]
 
 class _Device(TypedDict):
     name: str
@@ -92,7 +95,21 @@ class Model:
     def n_mtp_layer(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
-    def render_chat(self, messages: Iterable[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        add_generation_prompt: bool = True,
+        reasoning_format: _ReasoningFormat = "auto",
+        template: str | None = None,
+        variant: str | None = None,
+    ) -> ChatPrompt: ...
     @property
     def bos(self) -> int: ...
     @property
@@ -108,6 +125,31 @@ class Model:
         self, tokens: Sequence[int], *, remove_special: bool = False, unparse_special: bool = False
     ) -> str: ...
     def piece(self, token: int, *, special: bool = False) -> bytes: ...
+
+@disjoint_base
+class ChatPrompt:
+    @property
+    def text(self) -> str: ...
+    @property
+    def generation_prompt(self) -> str: ...
+    @property
+    def grammar(self) -> str: ...
+    @property
+    def grammar_lazy(self) -> bool: ...
+    @property
+    def grammar_triggers(self) -> list[tuple[Literal["token", "word", "pattern", "pattern_full"], str, int]]: ...
+    @property
+    def preserved_tokens(self) -> list[str]: ...
+    @property
+    def stops(self) -> list[str]: ...
+    @property
+    def supports_thinking(self) -> bool: ...
+    @property
+    def thinking_start_tag(self) -> str: ...
+    @property
+    def thinking_end_tags(self) -> list[str]: ...
+    @property
+    def reasoning_format(self) -> _ReasoningFormat: ...
 
 @disjoint_base
 class Context:

@@ -244,7 +244,7 @@ class LocalLlmBackend(RequestBackend):
             model = self._open_engine().model
             if model.chat_template is not None:
                 plain = [{**m, "content": message_text(m)} for m in messages]
-                return model.render_chat(plain), ()
+                return model.apply_chat_template(plain).text, ()
             chat_format = self._format_by_name
         return format_chat_prompt(messages, chat_format), _STOPS[chat_format]
 
