@@ -16,6 +16,7 @@ from libcpp cimport bool
 from libcpp.atomic cimport atomic
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 from posix.unistd cimport getpid
 
@@ -30,8 +31,7 @@ from tea_llm import errors
 
 __all__ = [
     "ChatPrompt", "Context", "Generation", "Grammar", "Loading", "Model", "Sampler", "devices", "llama_version",
-    "state_layout",
-    "supports_gpu_offload", "system_info",
+    "state_layout", "supports_gpu_offload", "system_info",
 ]
 
 cdef extern from *:
@@ -170,6 +170,7 @@ cdef class Model:
     cdef llama_model* _model         # the weights
     cdef llama_model* _words         # vocabulary and templates: the same, or one loaded beside it (split_load.hpp)
     cdef const llama_vocab* _vocab   # of _words
+    cdef ControlTexts* _controls     # of _vocab
     cdef dict _templates             # compiled chat templates by their source, the last used last
     cdef GuidedVocab* _guided        # made for the first grammar of llguidance's
     cdef int _pid
@@ -222,6 +223,7 @@ cdef class Model:
             raise errors.ModelLoadError(f"{self.path} could not be loaded: {words}")
         self._vocab = llama_model_get_vocab(self._words)
         self.n_vocab = llama_vocab_n_tokens(self._vocab)
+        self._controls = new ControlTexts(self._vocab)
 
     cdef int _load_split(self, const char* path, const llama_model_params& params, Loading loading) except -1:
         """Weights and vocabulary side by side; neither where that fails, and the plain way says why."""
@@ -253,6 +255,7 @@ cdef class Model:
     def __dealloc__(self):
         if self._model != NULL and self._pid == getpid():
             del self._guided
+            del self._controls
             with nogil:
                 if self._words != self._model:
                     llama_model_free(self._words)
@@ -408,9 +411,10 @@ cdef class Model:
         try:
             compiled = self._compiled(template)
             with nogil:
-                prompt._params = compiled._template.apply(encoded)
+                prompt._params = compiled._template.apply(encoded, prompt._rendered)
         except errors.EngineFault as exc:
             raise errors.BadRequest(f"the chat template of {self.path} can't render these messages: {exc}") from exc
+        prompt.model = self
         prompt.reasoning_format = reasoning_format
         return prompt
 
@@ -435,7 +439,7 @@ cdef class Model:
         if compiled is None:
             compiled = _Template()
             with nogil:
-                compiled._template = new ChatTemplate(self._words, encoded)
+                compiled._template = new ChatTemplate(self._words, encoded, self._controls)
             while len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.pop(next(iter(self._templates)), None)
         self._templates[source] = compiled
@@ -580,12 +584,22 @@ cdef class ChatPrompt:
     """A rendered prompt, and what the template's family says about its answer (common/chat.h, common_chat_params)."""
 
     cdef common_chat_params _params
+    cdef Rendered _rendered
+    # the vocabulary of its tokens
+    cdef readonly Model model
     cdef readonly str reasoning_format
 
     @property
     def text(self) -> str:
         """The prompt."""
-        return _decoded(self._params.prompt)
+        return _decoded(self._rendered.text)
+
+    def tokenize(self) -> list:
+        """The prompt's tokens: the template's control tokens, and none that a message or a tool spells out."""
+        cdef vector[llama_token] tokens
+        with nogil:
+            tokens = self.model._controls.tokenize(self._rendered.text, self._rendered.literal)
+        return [tokens[i] for i in range(tokens.size())]
 
     @property
     def generation_prompt(self) -> str:

@@ -5,6 +5,7 @@ from libcpp cimport bool
 from libcpp.atomic cimport atomic
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 cdef extern from "llama.h" nogil:
@@ -176,10 +177,18 @@ cdef extern from "chat.h" nogil:
         vector[string] preserved_tokens
         vector[string] additional_stops
 
+cdef extern from "control_texts.hpp" namespace "tea" nogil:
+    cppclass ControlTexts:
+        ControlTexts(const llama_vocab* vocab) except +
+        vector[llama_token] tokenize(const string& text, const vector[pair[size_t, size_t]]& literal) except +raise_fault
+
 cdef extern from "chat_template.hpp" namespace "tea" nogil:
+    cppclass Rendered:
+        string text
+        vector[pair[size_t, size_t]] literal
     cppclass ChatTemplate:
-        ChatTemplate(const llama_model* model, const string& source) except +raise_fault
-        common_chat_params apply(const string& request) except +raise_fault
+        ChatTemplate(const llama_model* model, const string& source, const ControlTexts* controls) except +raise_fault
+        common_chat_params apply(const string& request, Rendered& rendered) except +raise_fault
 
 cdef extern from "ggml-cpu.h" nogil:
     struct ggml_threadpool_params:

@@ -28,13 +28,14 @@ def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
 
 
 def write_random(
-    arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16, quantised: str | None = None
-) -> Path:
+    arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16, quantised: str | None = None,
+    template: str | None = None,
+) -> Path:  # fmt: skip
     """A model of `arch`, tiny and always the same.
 
     "gpt2" (learned positions), "gemma2" (sliding window, on every other layer), "mamba" (recurrent), and two that bring
     their own draft layer (MTP): "glm4moe" (attention only), "qwen35" (a recurrent layer, then attention). `quantised`:
-    the type of what batches are multiplied with, "Q4_0".
+    the type of what batches are multiplied with, "Q4_0". `template`: its chat template.
     """
     gguf = pytest.importorskip("gguf", reason="gguf writes the random models")
     np = pytest.importorskip("numpy")
@@ -51,6 +52,8 @@ def write_random(
     writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words])
     writer.add_token_scores([0.0] * N_VOCAB)
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    if template is not None:
+        writer.add_chat_template(template)
     if arch == "gemma2":
         writer.add_sliding_window(n_window)
         writer.add_key_length(_N_EMBD // 2)
