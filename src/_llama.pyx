@@ -506,6 +506,31 @@ cdef class Model:
         out.resize(n)
         return 0
 
+    def tokenize_parts(self, parts) -> list:
+        """The tokens of a text given as (text, read): control tokens are read in those parts only where `read` is true.
+
+        What stands between two control tokens is tokenized in one piece.
+        """
+        self._check()
+        cdef Rendered rendered
+        cdef bytes encoded
+        cdef size_t begin
+        for text, read in parts:
+            encoded = _utf8(text, "the text")
+            begin = rendered.text.size()
+            rendered.text.append(<string>encoded)
+            if not read and encoded:
+                rendered.literal.push_back(pair[size_t, size_t](begin, rendered.text.size()))
+        return self._tokens(rendered)
+
+    cdef list _tokens(self, const Rendered& rendered):
+        cdef vector[llama_token] tokens
+        if rendered.text.size() > 2**31 - 64:
+            raise errors.BadRequest(f"the text has {rendered.text.size()} bytes; llama.cpp takes less than 2 GiB at once")
+        with nogil:
+            tokens = self._controls.tokenize(rendered.text, rendered.literal)
+        return [tokens[i] for i in range(tokens.size())]
+
     def detokenize(self, tokens, *, bint remove_special=False, bint unparse_special=False) -> str:
         """The text of `tokens`; bytes that are no UTF-8 become U+FFFD. `unparse_special` writes control tokens out."""
         cdef vector[llama_token] ids = self._check_tokens(tokens)
@@ -596,10 +621,8 @@ cdef class ChatPrompt:
 
     def tokenize(self) -> list:
         """The prompt's tokens: the template's control tokens, and none that a message or a tool spells out."""
-        cdef vector[llama_token] tokens
-        with nogil:
-            tokens = self.model._controls.tokenize(self._rendered.text, self._rendered.literal)
-        return [tokens[i] for i in range(tokens.size())]
+        self.model._check()
+        return self.model._tokens(self._rendered)
 
     @property
     def generation_prompt(self) -> str:

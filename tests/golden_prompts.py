@@ -1,6 +1,6 @@
 """Conversations, and what llama.cpp's own server makes of them with each template of llama.cpp's `models/templates`.
 
-    python tests/golden_prompts.py path/to/llama-server build/templates
+    python -m tests.golden_prompts path/to/llama-server build/templates
 
 asks a server built from the llama.cpp that vendor/llama.cpp.lock names, and writes golden_prompts.json: for each
 template and case the digest of the prompt that POST /apply-template gives, or "refused".
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from random_models import write_random
+
+from .random_models import write_random
 
 __all__ = ["CASES", "GOLDEN", "digest", "write_model"]
 
@@ -28,6 +29,7 @@ GOLDEN = Path(__file__).with_suffix(".json")
 
 _SYSTEM = {"role": "system", "content": "You are a careful assistant."}
 _ASK = {"role": "user", "content": "What is the weather in Paris and in Rome? "}
+_WHY = {"role": "user", "content": "Why?"}
 _TOOLS = [
     {
         "type": "function",
@@ -44,8 +46,17 @@ _TOOLS = [
             },
         },
     },
-    {"type": "function", "function": {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
+
+
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _call(number: int, city: str) -> dict[str, Any]:
@@ -70,11 +81,11 @@ _CALLED = [
 CASES: Mapping[str, Mapping[str, Any]] = {
     "question": {"messages": [_ASK]},
     "system": {"messages": [_SYSTEM, _ASK]},
-    "turns": {"messages": [_SYSTEM, _ASK, {"role": "assistant", "content": "\nI can't know.\n"}, {"role": "user", "content": "Why?"}]},
+    "turns": {"messages": [_SYSTEM, _ASK, {"role": "assistant", "content": "\nI can't know.\n"}, _WHY]},
     "thought": {
-        "messages": [_ASK, {"role": "assistant", "content": "Warm.", "reasoning_content": "Spring."}, {"role": "user", "content": "Why?"}]
+        "messages": [_ASK, {"role": "assistant", "content": "Warm.", "reasoning_content": "Spring."}, _WHY],
     },
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "text", "text": "here"}]}]},
+    "parts": {"messages": [{"role": "user", "content": [_part("Look"), _part("here")]}]},
     "begun": {"messages": [_ASK, {"role": "assistant", "content": "It is"}]},
     "no answer yet": {"messages": [_SYSTEM, _ASK], "add_generation_prompt": False},
     "tools": {"messages": [_SYSTEM, _ASK], "tools": _TOOLS},
@@ -84,12 +95,15 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "answered": {"messages": [*_CALLED, {"role": "assistant", "content": "Sunny."}, _ASK], "tools": _TOOLS},
     "thinking": {"messages": [_SYSTEM, _ASK], "chat_template_kwargs": {"enable_thinking": True}},
     "not thinking": {"messages": [_SYSTEM, _ASK], "chat_template_kwargs": {"enable_thinking": False}},
-    "not thinking, with tools": {"messages": [_ASK], "tools": _TOOLS, "chat_template_kwargs": {"enable_thinking": False}},
+    "not thinking, with tools": {
+        "messages": [_ASK], "tools": _TOOLS, "chat_template_kwargs": {"enable_thinking": False},
+    },
 }  # fmt: skip
 """Fields of a chat completion request, by what is special about it."""
 
 _DATES = re.compile(
-    r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8},? \d{4}|[A-Z][a-z]{2,8} \d{1,2},? \d{4}|\b[A-Z][a-z]+day\b|\d{2}:\d{2}(:\d{2})?"
+    r"\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8},? \d{4}|[A-Z][a-z]{2,8} \d{1,2},? \d{4}"
+    r"|\b[A-Z][a-z]+day\b|\d{2}:\d{2}(:\d{2})?"
 )
 
 

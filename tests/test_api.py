@@ -143,6 +143,17 @@ def test_a_field_that_azure_has_not_is_refused_by_name(
     assert server.seen == []
 
 
+def test_template_kwargs_go_to_a_server_and_the_settings_for_local_templates_do_not(
+    server: ApiServer, open_backend: Callable[..., ApiLlmBackend]
+) -> None:
+    local = {"chat_template": "x", "chat_template_name": "y", "template_kwargs": {"enable_thinking": False}}
+    open_backend(server.address).call(LlmCallParams("a", model="m", **local))
+    assert server.seen[0].body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert not local.keys() & server.seen[0].body.keys()
+    with pytest.raises(BadRequest, match="template_kwargs is set"):
+        open_backend(server.address, provider="azure", deployment="d").call(LlmCallParams("a", template_kwargs={}))
+
+
 def test_openai_itself_is_never_sent_a_field_it_has_not(open_backend: Callable[..., ApiLlmBackend]) -> None:
     with pytest.raises(BadRequest, match="top_k is set"):  # refused before any connection
         open_backend("https://api.openai.com/v1").call(LlmCallParams("a", top_k=3))

@@ -34,7 +34,10 @@ ActionFunction: TypeAlias = Callable[..., Any]
 
 _PARAM_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmCallParams)) - {"extra", "timeout_s"}
 _SETTINGS_FIELDS = frozenset(f.name for f in dataclasses.fields(LlmSettings)) | {"api_url", "base_url"}
-_CALL_FIELDS = frozenset({"model", "temperature", "max_tokens", "max_retries", "timeout"})  # a call's, not a backend's
+_CALL_FIELDS = frozenset({  # a call's, not a backend's
+    "model", "temperature", "max_tokens", "max_retries", "timeout",
+    "chat_template", "chat_template_name", "template_kwargs",
+})
 _RETRY_FIELDS = ("max_retries", "base_delay", "max_delay")  # travel to the API backend in `LlmCallParams.extra`
 _NONE_MEANS_OFF = _PARAM_FIELDS - {"model", "messages", "prompt", "stop", "temperature", "truncate"} | {"timeout"}
 _OF_THE_ENGINE = frozenset({  # what engines pass along or inject, and no API is to see

@@ -218,20 +218,28 @@ def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> 
     for name, value in given.items():
         row = BODY_FIELDS[name]
         if own and not row.openai:
-            raise BadRequest(
-                f"{name} is set, and OpenAI's and Azure's APIs have no such parameter; leave it out, or set "
-                "llm.api_base to a server that has it, such as llama-server or vLLM"
-            )
+            raise _unknown(name)
         if value is None:
             value = row.off
         if name == "logit_bias" and value is not None:
             value = {str(token): bias for token, bias in value.items()}
         if value is not None:
             body[row.name] = value
+    if params.template_kwargs is not None:  # llama-server's and vLLM's name
+        if own:
+            raise _unknown("template_kwargs")
+        body["chat_template_kwargs"] = dict(params.template_kwargs)
     body |= extra_body(params.extra)
     if stream:
         body = {"stream_options": {"include_usage": True}} | body | {"stream": True}
     return body
+
+
+def _unknown(name: str) -> BadRequest:
+    return BadRequest(
+        f"{name} is set, and OpenAI's and Azure's APIs have no such parameter; leave it out, or set llm.api_base to a "
+        "server that has it, such as llama-server or vLLM"
+    )
 
 
 def extra_body(extra: Mapping[str, Any]) -> dict[str, Any]:

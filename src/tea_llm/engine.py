@@ -90,12 +90,13 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt to continue. `sampling` holds keyword arguments of `_llama.Sampler`; `stream`: a chunk per token.
+    """A prompt to continue, as text or in tokens. `sampling` holds keyword arguments of `_llama.Sampler`.
 
-    What the prompt has in common with the `known` session is not computed again; `save`: it becomes a session itself.
+    `stream`: a chunk per token. What the prompt has in common with the `known` session is not computed again; `save`:
+    it becomes a session itself.
     """
 
-    prompt: str
+    prompt: str | Sequence[int]
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -276,7 +277,8 @@ class Engine:
         ticket: Ticket[Generated] = Ticket(timeout_s, queue_timeout_s, loop)
         queued_at = time.monotonic()
         model = self.model
-        tokens = model.tokenize(request.prompt, parse_special=True)
+        prompt = request.prompt
+        tokens = model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
         if request.truncate and len(tokens) >= self.n_ctx:
             tokens = _cut(tokens, self.n_ctx, request.max_tokens, keep_first=model.add_bos)
         sampler = _llama.Sampler(model, **request.sampling, grammar=self._grammar(model, request.constraint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import weakref
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .backend import RequestBackend, checked_texts
 from .blocking import run_blocking
-from .chat import format_chat_prompt, message_text
+from .chat import chat_parts, checked_message
 from .constraint import constraint_of, wants_json, with_parsed
 from .errors import BadRequest, Cancelled, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
 from .models import get_model_info
@@ -26,6 +27,7 @@ from .ticket import Cancellable
 if TYPE_CHECKING:
     import asyncio
 
+    from ._llama import ChatPrompt
     from .engine import Embedded, EmbedRequest, Engine, Generated, TextRequest
     from .ticket import Ticket
 
@@ -84,8 +86,10 @@ class LocalLlmBackend(RequestBackend):
     model's size; `n_gpu_layers` None or -1 is all; `n_parallel` None is up to 16, as far as memory allows.
     `cache_ram_mib` is host memory for prompts that had to leave the KV cache; None: as much as that has. `speculative`
     ("draft" with a `draft_model_path`, "mtp", "ngram") has `n_draft` tokens guessed and checked at once. `chat_format`
-    overrides the file's chat template ("chatml", "gemma"). In a raw prompt the model's control tokens may be written
-    out. `progress` is called with the loaded fraction, 0 to 1; returning False cancels the load.
+    overrides the file's chat template ("chatml", "gemma"), as `chat_template` (Jinja) or `chat_template_file` does;
+    `chat_template_name` takes another of the file's own, and `template_kwargs` is what each gets besides messages. In a
+    raw prompt the model's control tokens may be written out; in messages they are text. `progress` is called with the
+    loaded fraction, 0 to 1; returning False cancels the load.
 
     Raises ModelNotFound, ModelLoadError, ExtensionMissing (built without llama.cpp), MemoryError, Cancelled.
     """
@@ -108,6 +112,10 @@ class LocalLlmBackend(RequestBackend):
         speculative: str | None = None,
         draft_model_path: str | os.PathLike[str] | None = None,
         n_draft: int | None = None,
+        chat_template: str | None = None,
+        chat_template_file: str | os.PathLike[str] | None = None,
+        chat_template_name: str | None = None,
+        template_kwargs: Mapping[str, Any] | str | None = None,
         progress: Callable[[float], object] | None = None,
     ) -> None:
         self.model_path = _checked_path("model_path", model_path)
@@ -128,9 +136,15 @@ class LocalLlmBackend(RequestBackend):
             "draft_model_path": draft_model_path,
             "n_draft": n_draft,
             "chat_format": chat_format,
+            "chat_template": chat_template,
+            "chat_template_file": chat_template_file,
+            "chat_template_name": chat_template_name,
+            "template_kwargs": template_kwargs,
         }
         self._settings = LlmSettings.from_mapping(self._options, where=type(self).__name__)
         self.chat_format = self._settings.chat_format
+        self._chat_template = self._settings.chat_template or _template_text(self._settings.chat_template_file)
+        self._template_kwargs = json.loads(self._settings.template_kwargs or "{}")
         self._progress = progress
         rooms = _engine_rooms()
         options = rooms.engine.EngineOptions(
@@ -220,9 +234,10 @@ class LocalLlmBackend(RequestBackend):
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
         if params.extra:
             logger.debug("API parameters without a meaning for a local model: %s", ", ".join(params.extra))
-        prompt, stops = params.prompt, params.stops
+        prompt: str | Sequence[int] = params.prompt
+        stops = params.stops
         if params.messages is not None:
-            prompt, chat_stops = self._chat_prompt(params.messages)
+            prompt, chat_stops = self._chat_prompt(params, params.messages)
             stops += chat_stops
         request: TextRequest = _engine_rooms().engine.TextRequest(
             prompt=prompt,
@@ -237,16 +252,28 @@ class LocalLlmBackend(RequestBackend):
         )
         return request
 
-    def _chat_prompt(self, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
+    def _chat_prompt(self, params: LlmCallParams, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
         """The prompt for `messages`, and what ends the answer where the model's own tokens may not."""
-        chat_format = self.chat_format
-        if chat_format is None:
-            model = self._open_engine().model
-            if model.chat_template is not None:
-                plain = [{**m, "content": message_text(m)} for m in messages]
-                return model.apply_chat_template(plain).text, ()
-            chat_format = self._format_by_name
-        return format_chat_prompt(messages, chat_format), _STOPS[chat_format]
+        model = self._open_engine().model
+        if (prompt := self._rendered(params, messages)) is not None:
+            return prompt.tokenize(), tuple(prompt.stops)
+        chat_format = self.chat_format or self._format_by_name
+        return model.tokenize_parts(chat_parts(messages, chat_format)), _STOPS[chat_format]
+
+    def _rendered(self, params: LlmCallParams, messages: Sequence[Message]) -> ChatPrompt | None:
+        """The prompt by a Jinja template: the call's, the backend's or the file's. None where a format writes it."""
+        model = self._open_engine().model
+        template, name = params.chat_template, params.chat_template_name
+        if template is None and name is None:
+            template, name = self._chat_template, self._settings.chat_template_name
+            if template is None and name is None and (self.chat_format is not None or model.chat_template is None):
+                return None
+        return model.apply_chat_template(
+            [checked_message(message) for message in messages],
+            template=template,
+            variant=name if template is None else None,
+            template_kwargs={**self._template_kwargs, **(params.template_kwargs or {})},
+        )
 
     @cached_property
     def _format_by_name(self) -> str | None:
@@ -394,6 +421,16 @@ def _checked_path(name: str, path: Any) -> str:
     if "\0" in text:
         raise ModelNotFound(f"no model file at {text!r}: a path holds no NUL; check the path")
     return text
+
+
+def _template_text(path: str | None) -> str | None:
+    """What is in a template's file. Raises SettingsError for one that can't be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"chat_template_file is {path!r}, which can't be read: {exc}; check the path") from exc
 
 
 def _sampling(params: LlmCallParams) -> dict[str, Any]:

@@ -8,18 +8,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from .errors import BadRequest
 
 __all__ = [
     "UNSET",
+    "AudioPart",
     "BackendName",
     "ChunkCallback",
+    "ContentPart",
+    "ImagePart",
     "LlmCallParams",
     "LlmCallResult",
     "LlmEmbedResult",
     "Message",
+    "TextPart",
     "Timings",
     "Unset",
     "Usage",
@@ -27,7 +31,32 @@ __all__ = [
 ]
 
 Message: TypeAlias = Mapping[str, Any]
-"""One chat message: `role` and `content`, as the OpenAI API spells them."""
+"""One chat message: `role` and `content` (a text, or a list of `ContentPart`), as the OpenAI API spells them."""
+
+
+class TextPart(TypedDict):
+    """A part of a message's content that any backend reads."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(TypedDict):
+    """An image, by its address or as a `data:` URL. An API may read it; a local model refuses it."""
+
+    type: Literal["image_url"]
+    image_url: Mapping[str, Any]
+
+
+class AudioPart(TypedDict):
+    """Sound. An API may read it; a local model refuses it."""
+
+    type: Literal["input_audio"]
+    input_audio: Mapping[str, Any]
+
+
+ContentPart: TypeAlias = TextPart | ImagePart | AudioPart
+"""A part of a message's content."""
 
 ChunkCallback: TypeAlias = Callable[[str], object]
 """Called with each chunk of text. Returning False ends the generation; any other value goes on."""
@@ -74,6 +103,10 @@ class LlmCallParams:
     With a schema the result has `parsed`. A keyword that can't be enforced is an error, unless `strict` is False: then
     it is ignored.
 
+    `chat_template` (Jinja) writes the prompt for `messages` in place of the model's own; `chat_template_name` takes
+    another one of the model's file. `template_kwargs` are what the template gets besides messages and tools, such as
+    `enable_thinking`; they go to an API as `chat_template_kwargs`, where the two before have no meaning.
+
     `session` names a file in which a local model keeps what it has computed of the text; a later call with it, in any
     process, computes only what its prompt has beyond that. An API ignores it.
 
@@ -116,6 +149,9 @@ class LlmCallParams:
     choices: Sequence[str] | None = None
     grammar: str | None = None
     strict: bool = True
+    chat_template: str | None = None
+    chat_template_name: str | None = None
+    template_kwargs: Mapping[str, Any] | None = None
     truncate: bool = False
     session: str | os.PathLike[str] | None = None
     priority: int = _field(-(2**31), 2**31 - 1, "requests of a higher one come first where several wait for a model", 0)
@@ -183,6 +219,9 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("choices", "a list of texts, at least one", lambda v: v is None or (_is_text_list(v) and len(v) > 0)),
     ("grammar", "a text in GBNF, or None", lambda v: v is None or isinstance(v, str)),
     ("strict", "True or False", lambda v: isinstance(v, bool)),
+    ("chat_template", "a Jinja template, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
+    ("chat_template_name", "a name, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
+    ("template_kwargs", "a mapping, or None", lambda v: v is None or isinstance(v, Mapping)),
     ("truncate", "True or False", lambda v: isinstance(v, bool)),
     ("session", "the path of a file, or None", lambda v: v is None or _is_path(v)),
     ("extra", "a mapping of further API parameters", lambda v: isinstance(v, Mapping)),

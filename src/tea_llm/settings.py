@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import os
 import re
 import sys
@@ -86,6 +87,12 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
+def _template(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _AdviceError("give the template's text; for a file there is chat_template_file")
+    return value
+
+
 def _name(value: Any) -> str:
     return _text(value).lower()
 
@@ -94,6 +101,17 @@ def _path(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
         raise _AdviceError("give the path of a file")
     return path
+
+
+def _json_mapping(value: Any) -> str:
+    """A mapping as JSON, as settings are compared and hashed."""
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+        if isinstance(mapping, Mapping):
+            return json.dumps(dict(mapping), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise _AdviceError(f"give a mapping that can be written as JSON ({exc})") from None
+    raise _AdviceError("give a mapping")
 
 
 def _address(value: Any) -> str:
@@ -194,6 +212,21 @@ class LlmSettings:
         None,
         "Prompt format for a model without a template of its own: `chatml` or `gemma`",
         _text,
+    )
+    chat_template: str | None = _key(
+        None, "A chat template (Jinja) for a local model, in place of the file's own", _template
+    )
+    chat_template_file: str | None = _key(
+        None, "The file of such a template; `chat_template` beats it", _path, expand=expand_path
+    )
+    chat_template_name: str | None = _key(
+        None, "Which of the model file's templates, where it has several, such as `tool_use`; unset: as llama.cpp does",
+        _text,
+    )  # fmt: skip
+    template_kwargs: str | None = _key(
+        None,
+        "A mapping of what else a local model's template gets, such as `enable_thinking: false`; a call's own beat it",
+        _json_mapping,
     )
     pooling: str | None = _key(
         None,
