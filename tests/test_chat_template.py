@@ -306,7 +306,8 @@ def test_a_template_without_an_end_ends(plain, name):
     [
         "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}" + "{% endfor %}" * 3,
         # each tuple holds the one before twice: 2^60 of them, and no memory
-        "{% set n = namespace(t=(1,)) %}{% for i in range(60) %}{% set n.t = (n.t, n.t) %}{% endfor %}{{ n.t == n.t }}",
+        "{% set n = namespace(t=(1, 1)) %}{% for i in range(60) %}{% set n.t = (n.t, n.t) %}{% endfor %}"
+        "{{ n.t == n.t }}",
     ],
 )  # fmt: skip
 def test_a_template_gets_five_seconds(plain, template):

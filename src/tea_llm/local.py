@@ -185,7 +185,7 @@ class LocalLlmBackend(RequestBackend):
         has_session = params.session is not None
         file, known = await _beside(stream.loop, lambda: self._session(params), long=has_session)
         chunks = []
-        is_long = _size(params) > _LONG_TEXT
+        is_long = params.messages is not None or _size(params) > _LONG_TEXT  # a template takes milliseconds, or longer
         with await _beside(stream.loop, lambda: self._ticket(params, stream, known), long=is_long) as ticket:
             try:
                 async for chunk in ticket:
