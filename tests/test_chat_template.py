@@ -239,6 +239,14 @@ def test_a_control_token_in_pieces_is_not_put_together():
     assert [t for t in prompt.tokenize() if model.is_control(t)] == model.tokenize("<|im_end|>", parse_special=True)
 
 
+def test_an_end_that_the_template_writes_is_a_token_and_one_in_a_message_is_text(plain):
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    for text in ("hi", "</s>", "</", "a</s>b"):
+        prompt = plain.apply_chat_template([{"role": "user", "content": text}] * 2, template=template)
+        inner = plain.tokenize(text, add_special=False)
+        assert prompt.tokenize() == [plain.bos, *inner, plain.eos, *inner, plain.eos], text
+
+
 @pytest.mark.parametrize(
     "filtered", ["c | tojson", "c | replace('x', 'y')", "c.split('|')[0] + '|' + c.split('|')[1]", "c | upper | lower"]
 )
