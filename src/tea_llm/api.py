@@ -59,7 +59,7 @@ from .errors import (
     LlmError,
     SettingsError,
 )
-from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Usage
+from .params import Delta, LlmCallParams, LlmCallResult, LlmEmbedResult, Usage
 from .settings import ApiEndpoint, LlmSettings, missing_credentials, resolve_api
 from .stream import Pieces, TextStream
 
@@ -138,20 +138,22 @@ class _Asking:
             await self._io.read(response)
         return self._object(request, response.text)
 
-    async def whole_answer(self, request: Request, response: httpx.Response, model: str) -> LlmCallResult:
-        """The answer that came in one piece."""
+    async def whole_answer(
+        self, request: Request, response: httpx.Response, model: str
+    ) -> tuple[str | Delta | None, LlmCallResult]:
+        """The answer that came in one piece, and its result."""
         answer = Answer(model)
         reply = await self.reply(request, response)
         with self.understanding(request, reply):
             if not reply["choices"]:
                 raise ValueError("no choices")
-            answer.feed(reply)
-        return answer.result()
+            piece = answer.feed(reply)
+        return piece, answer.result()
 
     async def answer(self, request: Request, model: str, stream: TextStream) -> Pieces:
         """The answer for `stream`. What fails after the first piece isn't tried again: it would be seen twice."""
 
-        async def begun(response: httpx.Response) -> tuple[str | LlmCallResult, Pieces]:
+        async def begun(response: httpx.Response) -> tuple[str | Delta | LlmCallResult, Pieces]:
             pieces = self._pieces(request, response, model, stream)
             return await anext(pieces), pieces
 
@@ -164,9 +166,9 @@ class _Asking:
     async def _pieces(self, request: Request, response: httpx.Response, model: str, stream: TextStream) -> Pieces:
         """The answer that comes as events; a server that doesn't stream gives a single chunk."""
         if "text/event-stream" not in response.headers.get("content-type", ""):
-            result = await self.whole_answer(request, response, model)
-            if result.content:
-                yield result.content
+            piece, result = await self.whole_answer(request, response, model)
+            if piece:
+                yield piece
             yield result
             return
         answer = Answer(model)
@@ -213,8 +215,10 @@ class _Asking:
                 raise self._refusal(request, response, words)
             request = dataclasses.replace(request, body=body)
 
-    async def _chunks(self, request: Request, response: httpx.Response, answer: Answer) -> AsyncGenerator[str, None]:
-        """The text of each event. An error holds the text before it as `partial`."""
+    async def _chunks(
+        self, request: Request, response: httpx.Response, answer: Answer
+    ) -> AsyncGenerator[str | Delta, None]:
+        """What each event adds. An error holds the text before it as `partial`."""
         try:
             async with aclosing(self._io.events(response)) as events:
                 async for event in events:
@@ -356,7 +360,7 @@ class ApiLlmBackend(RequestBackend):
             request = asking.request("POST", url_of(endpoint, "chat/completions", model), body)
             async with aclosing(asking.answer(request, model, stream)) as pieces:
                 async for piece in pieces:
-                    if not isinstance(piece, str):
+                    if isinstance(piece, LlmCallResult):
                         piece = with_parsed(params, self._signed(piece, endpoint, effort))
                     yield piece
 

@@ -15,8 +15,9 @@ from urllib.parse import quote, urlsplit
 
 from .constraint import json_schema_of
 from .errors import BadRequest, SettingsError
-from .params import LlmCallParams, LlmCallResult, Usage, check_timeout_s
+from .params import Delta, LlmCallParams, LlmCallResult, Usage, check_timeout_s
 from .settings import ApiEndpoint, LlmSettings
+from .tools import GrowingCalls
 
 __all__ = [
     "ADVICE",
@@ -229,6 +230,7 @@ def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> 
         if own:
             raise _unknown("template_kwargs")
         body["chat_template_kwargs"] = dict(params.template_kwargs)
+    body |= _tools_body(params) | _reasoning_body(params, body.get("chat_template_kwargs") or {}, own=own)
     body |= extra_body(params.extra)
     if stream:
         body = {"stream_options": {"include_usage": True}} | body | {"stream": True}
@@ -240,6 +242,35 @@ def _unknown(name: str) -> BadRequest:
         f"{name} is set, and OpenAI's and Azure's APIs have no such parameter; leave it out, or set llm.api_base to a "
         "server that has it, such as llama-server or vLLM"
     )
+
+
+def _tools_body(params: LlmCallParams) -> dict[str, Any]:
+    body = {
+        "tools": params.tools and list(params.tools),
+        "tool_choice": params.tool_choice,
+        "parallel_tool_calls": params.parallel_tool_calls,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _reasoning_body(params: LlmCallParams, template_kwargs: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
+    """The switch of thinking and its budget, as servers of different kinds know them; beside other `template_kwargs`.
+
+    OpenAI, Azure and Ollama have `reasoning_effort`; llama-server and vLLM hand `enable_thinking` to the template.
+    """
+    body: dict[str, Any] = {}
+    if params.reasoning is False:
+        body["reasoning_effort"] = "none"
+    if params.reasoning is not None and not own:
+        body["chat_template_kwargs"] = {**template_kwargs, "enable_thinking": params.reasoning}
+    if params.reasoning_budget is not None:
+        if own:
+            raise BadRequest(
+                "reasoning_budget is set, and OpenAI's and Azure's APIs have no such parameter; leave it out, or give "
+                "reasoning_effort"
+            )
+        body["thinking_budget_tokens"] = params.reasoning_budget
+    return body
 
 
 def extra_body(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +332,8 @@ class Answer:
         self.model = model
         self.finish_reason: str | None = None
         self._chunks: list[str] = []
-        self._tool_calls: list[dict[str, Any]] = []
+        self._thoughts: list[str] = []
+        self._calls = GrowingCalls()
         self._usage: Usage | None = None
 
     @property
@@ -309,8 +341,11 @@ class Answer:
         """The text so far."""
         return "".join(self._chunks)
 
-    def feed(self, reply: Mapping[str, Any]) -> str:
-        """The text that `reply` adds. Raises KeyError, TypeError, ValueError or AttributeError where it isn't one."""
+    def feed(self, reply: Mapping[str, Any]) -> str | Delta | None:
+        """What `reply` adds: a chunk where that is only text. None for nothing.
+
+        Raises KeyError, TypeError, ValueError or AttributeError where it isn't a completion.
+        """
         self.model = reply.get("model") or self.model
         if usage := reply.get("usage"):
             self._usage = usage_of(usage)
@@ -318,44 +353,38 @@ class Answer:
             if choice.get("index", 0) == 0:
                 self.finish_reason = choice.get("finish_reason") or self.finish_reason
                 return self._said(choice.get("delta") or choice.get("message") or {})
-        return ""
+        return None
 
     def result(self, finish_reason: str | None = None) -> LlmCallResult:
         """What was said, with `finish_reason` in place of the server's."""
+        reason = finish_reason or self.finish_reason
+        calls = self._calls.calls(cut=reason in ("length", "cancelled"))
+        if calls and reason == "stop":  # of some servers, and of OpenAI's where a tool was named
+            reason = "tool_calls"
         return LlmCallResult(
             self.content,
             self.model,
             tokens_used=self._usage.total_tokens if self._usage else None,
-            finish_reason=finish_reason or self.finish_reason,
+            finish_reason=reason,
             usage=self._usage,
-            tool_calls=tuple(self._tool_calls),
+            tool_calls=calls,
+            reasoning="".join(self._thoughts) or None,
         )
 
-    def _said(self, message: Mapping[str, Any]) -> str:
-        for call in message.get("tool_calls") or ():
-            self._merge(call)
+    def _said(self, message: Mapping[str, Any]) -> str | Delta | None:
+        calls = [self._calls.add(piece) for piece in message.get("tool_calls") or ()]
         content = message.get("content") or ""
         if not isinstance(content, str):  # a list of parts
             content = "".join(part.get("text") or "" for part in content)
+        thought = message.get("reasoning_content") or message.get("reasoning")  # llama-server, vLLM; Ollama, OpenRouter
+        thought = thought if isinstance(thought, str) else ""
         if content:
             self._chunks.append(content)
-        return content
-
-    def _merge(self, delta: Mapping[str, Any]) -> None:
-        """Put a piece of a tool call where it belongs: by its index, or after the last where a server gives none."""
-        calls, function = self._tool_calls, delta.get("function") or {}
-        index = delta.get("index")
-        if index is None:
-            index = len(calls) if delta.get("id") or function.get("name") or not calls else len(calls) - 1
-        if not 0 <= index <= len(calls):
-            raise ValueError(f"tool call {index} follows {len(calls)} others")
-        if index == len(calls):
-            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call = calls[index]
-        call["id"] = call["id"] or delta.get("id") or ""
-        call["type"] = delta.get("type") or call["type"]
-        call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
+        if not thought and not calls:
+            return content or None
+        if thought:
+            self._thoughts.append(thought)
+        return Delta(content, thought, tuple(calls))
 
 
 def usage_of(usage: Mapping[str, Any]) -> Usage:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 from .errors import BadRequest
+from .tools import Tool, ToolCall, checked_choice, checked_tools
 
 __all__ = [
     "UNSET",
@@ -18,6 +19,7 @@ __all__ = [
     "BackendName",
     "ChunkCallback",
     "ContentPart",
+    "Delta",
     "ImagePart",
     "LlmCallParams",
     "LlmCallResult",
@@ -107,6 +109,10 @@ class LlmCallParams:
     another one of the model's file. `template_kwargs` are what the template gets besides messages and tools, such as
     `enable_thinking`; they go to an API as `chat_template_kwargs`, where the two before have no meaning.
 
+    A model that answers `messages` may call `tools`: functions in OpenAI's form, or Python functions, which are put
+    into that form and not run. `tool_choice` is `auto`, `none`, `required`, a tool's name, or OpenAI's mapping for one.
+    `reasoning` switches the thinking before the answer on or off, where the model has such a switch.
+
     `session` names a file in which a local model keeps what it has computed of the text; a later call with it, in any
     process, computes only what its prompt has beyond that. An API ignores it.
 
@@ -153,6 +159,11 @@ class LlmCallParams:
     chat_template_name: str | None = None
     template_kwargs: Mapping[str, Any] | None = None
     truncate: bool = False
+    tools: Sequence[Tool] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: bool | None = None
+    reasoning_budget: int | None = _field(0, 2**31 - 1, "tokens of thinking; None: no limit", None)
     session: str | os.PathLike[str] | None = None
     priority: int = _field(-(2**31), 2**31 - 1, "requests of a higher one come first where several wait for a model", 0)
     timeout_s: float | None = _field(0, _LONGEST_WAIT_S, "seconds for the whole call; None: no limit", None)
@@ -175,6 +186,9 @@ class LlmCallParams:
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.messages is not None:
             object.__setattr__(self, "messages", _checked_messages(self.messages))
+        tools = checked_tools(self.tools)
+        object.__setattr__(self, "tools", tools or None)
+        object.__setattr__(self, "tool_choice", checked_choice(self.tool_choice, tools))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -224,6 +238,8 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("template_kwargs", "a mapping, or None", lambda v: v is None or isinstance(v, Mapping)),
     ("truncate", "True or False", lambda v: isinstance(v, bool)),
     ("session", "the path of a file, or None", lambda v: v is None or _is_path(v)),
+    ("parallel_tool_calls", "True, False or None", lambda v: v is None or isinstance(v, bool)),
+    ("reasoning", "True, False or None", lambda v: v is None or isinstance(v, bool)),
     ("extra", "a mapping of further API parameters", lambda v: isinstance(v, Mapping)),
     ("dry_sequence_breakers", "a list of str", lambda v: v is None or v is UNSET or _is_text_list(v)),
     ("logit_bias", "a mapping of token ids to numbers", lambda v: v is None or v is UNSET or _is_bias(v)),
@@ -318,8 +334,24 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What one step of an answer adds: text of it, of the thinking before it, pieces of tool calls.
+
+    A piece of a call has the form of OpenAI's streams: `index`, and where it is first heard of `id`, `type` and the
+    whole name; `function["arguments"]` is the next part of the JSON text.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class LlmCallResult:
     """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`.
+
+    `reasoning` is the thinking before the answer, None if there is none. Of a text that was cut (`length`,
+    `cancelled`), `tool_calls` has only those calls that are whole.
 
     `session_error` says why the session could not be saved, None if it was or if there is none. `parsed` is what an
     answer in JSON holds, where a `response_format` or a `schema` asked for one: an instance of `schema` where that is a
@@ -338,7 +370,8 @@ class LlmCallResult:
     session_error: str | None = None
     parsed: Any = None
     parse_error: str | None = None
-    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_calls: Sequence[ToolCall] = ()
+    reasoning: str | None = None
     provider: str | None = None
     attempts: int = 1
     total_delay_s: float = 0.0

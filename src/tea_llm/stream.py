@@ -11,25 +11,32 @@ import inspect
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from .blocking import next_blocking, run_blocking
 from .errors import Cancelled, EngineClosed, StreamError
-from .params import ChunkCallback, LlmCallResult
+from .params import ChunkCallback, Delta, LlmCallResult
 from .ticket import Cancellable, Ticket, hand_out
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-__all__ = ["Pieces", "TextStream", "bridged"]
+__all__ = ["Deltas", "Pieces", "TextStream", "bridged"]
 
-Pieces: TypeAlias = "AsyncGenerator[str | LlmCallResult, None]"
-"""Chunks of text, none of them empty, and at last the result. Its `content` is left to the stream."""
+Pieces: TypeAlias = "AsyncGenerator[str | Delta | LlmCallResult, None]"
+"""Chunks of text, none of them empty, or deltas where there is more to say than that; and at last the result.
+
+Its `content` and `reasoning` are left to the stream.
+"""
+
+_Item = TypeVar("_Item")  # str or Delta
 
 
 class TextStream(Cancellable):
     """The text of one answer, chunk by chunk: `for chunk in stream`, or `async for`; after the last, `result`.
+
+    Thinking and tool calls are in the result, and in `deltas()` while they are written.
 
     The request is made when the reading begins, and one stream is read once. Leaving early cancels: `break`, an
     exception, a cancelled task, the end of `with` or `async with`, or dropping what iterates. Chunks wait for a slow
@@ -47,6 +54,7 @@ class TextStream(Cancellable):
         self._begun = False
         self._pieces: Pieces | None = None  # while there is more to come
         self._said: list[str] = []
+        self._thought: list[str] = []
         self._result: LlmCallResult | None = None
         self._reading = threading.Lock()
 
@@ -100,12 +108,14 @@ class TextStream(Cancellable):
         return self.result
 
     def __iter__(self) -> Iterator[str]:
-        return self._begin(None)
+        return self._begin(None, in_deltas=False)
 
     def __aiter__(self) -> AsyncIterator[str]:
-        import asyncio  # only where a loop runs, and so has imported it
+        return self._begin(_running_loop(), in_deltas=False)
 
-        return self._begin(asyncio.get_running_loop())
+    def deltas(self) -> Deltas:
+        """The answer with its thinking and tool calls: `for delta in stream.deltas()`, or `async for`, each a Delta."""
+        return Deltas(self)
 
     def __enter__(self) -> TextStream:
         return self
@@ -119,7 +129,7 @@ class TextStream(Cancellable):
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
-    def _begin(self, loop: asyncio.AbstractEventLoop | None) -> _Reader:
+    def _begin(self, loop: asyncio.AbstractEventLoop | None, *, in_deltas: bool) -> _Reader[Any]:
         with self._lock:
             if self._begun:
                 raise StreamError("the stream was read already; ask again for another")
@@ -129,9 +139,10 @@ class TextStream(Cancellable):
         self.loop = loop
         self._pid = os.getpid()
         self._pieces = self._write(self)
-        return _Reader(self)
+        return _Reader(self, in_deltas)
 
-    async def _next(self) -> str:
+    async def _next(self, in_deltas: bool) -> Any:
+        """The next chunk of text or, `in_deltas`, the next Delta."""
         if os.getpid() != self._pid:
             raise EngineClosed("the stream was begun before fork(), and is read by that process; ask again in this one")
         if not self._reading.acquire(blocking=False):
@@ -139,11 +150,18 @@ class TextStream(Cancellable):
         try:
             while self._pieces is not None:
                 piece = await anext(self._pieces)
-                if not isinstance(piece, str):
+                if isinstance(piece, LlmCallResult):
                     self._result = self._finished(piece)
-                elif not self.cancelled:
+                elif self.cancelled:
+                    continue
+                elif isinstance(piece, str):
                     self._said.append(piece)
-                    return piece
+                    return Delta(piece) if in_deltas else piece
+                else:
+                    self._said.append(piece.content)
+                    self._thought.append(piece.reasoning)
+                    if in_deltas or piece.content:
+                        return piece if in_deltas else piece.content
             raise StopAsyncIteration
         except StopAsyncIteration:
             self._pieces = None
@@ -156,10 +174,13 @@ class TextStream(Cancellable):
             self._reading.release()
 
     def _finished(self, result: LlmCallResult) -> LlmCallResult:
-        content = "".join(self._said)
-        if self.cancelled:
-            return dataclasses.replace(result, content=content, finish_reason="cancelled")
-        return dataclasses.replace(result, content=content)
+        finish_reason = "cancelled" if self.cancelled else result.finish_reason
+        return dataclasses.replace(
+            result,
+            content="".join(self._said),
+            reasoning="".join(self._thought) or None,
+            finish_reason=finish_reason,
+        )
 
     def _leave(self) -> Pieces | None:
         """Cancel, and have the pieces no more. Gives them to who is to close them; None where another reads them."""
@@ -173,26 +194,46 @@ class TextStream(Cancellable):
         return pieces
 
 
-class _Reader:
-    """Iterates a stream, and closes it when it is dropped: a loop drops it by `break` and by an exception."""
+class Deltas:
+    """An answer with its thinking and tool calls, while it is written; read once, like the stream that it is of."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
 
-    def __iter__(self) -> _Reader:
+    def __iter__(self) -> Iterator[Delta]:
+        return self._stream._begin(None, in_deltas=True)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self._stream._begin(_running_loop(), in_deltas=True)
+
+
+class _Reader(Generic[_Item]):
+    """Iterates a stream, and closes it when it is dropped: a loop drops it by `break` and by an exception."""
+
+    def __init__(self, stream: TextStream, in_deltas: bool) -> None:
+        self._stream = stream
+        self._in_deltas = in_deltas
+
+    def __iter__(self) -> _Reader[_Item]:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> _Item:
         return next_blocking(self)
 
-    def __aiter__(self) -> _Reader:
+    def __aiter__(self) -> _Reader[_Item]:
         return self
 
-    def __anext__(self) -> Coroutine[Any, Any, str]:
-        return self._stream._next()
+    def __anext__(self) -> Coroutine[Any, Any, _Item]:
+        return self._stream._next(self._in_deltas)
 
     def __del__(self) -> None:
         self._stream.close()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    import asyncio  # only where a loop runs, and so has imported it
+
+    return asyncio.get_running_loop()
 
 
 def bridged(ask: Callable[[ChunkCallback], LlmCallResult]) -> TextStream:
