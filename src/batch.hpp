@@ -31,6 +31,7 @@ struct Generation : Text {
     Chain * chain = nullptr;    // not owned
     int32_t n_lookback = 0;     // tokens at the end of the prompt that the chain wants to see
     TextFilter filter;
+    std::vector<llama_token> markup;  // control tokens that are part of the text
     bool stream = false;        // wants each piece of text as it comes
     bool save = false;          // wants its state when it ends by itself
     std::vector<uint8_t> state; // of its first n_past tokens, once it has ended so
@@ -302,7 +303,8 @@ class Batch {
         if (ends_text(vocab_, token)) return STOP;
         text.tokens.push_back(token);
         text.n_generated.fetch_add(1, std::memory_order_relaxed);
-        read_piece(vocab_, token, false, piece_);
+        const auto & markup = text.markup;
+        read_piece(vocab_, token, std::find(markup.begin(), markup.end(), token) != markup.end(), piece_);
         if (text.filter.push(piece_.data(), piece_.size())) return STOP;
         if (text.chain->constraint && text.chain->constraint->has_to_end()) return STOP;
         return text.n_generated >= text.n_max ? LENGTH : RUNNING;

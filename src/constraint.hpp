@@ -179,18 +179,46 @@ inline void check_grammar(const llama_vocab * vocab, const char * grammar) {
     if (!is_left_recursive(parser.rules)) check_ways(parser.rules);
 }
 
+// Whether bytes go on with UTF-8, perhaps in the midst of a character.
+struct Utf8 {
+    int n_left = 0;  // bytes of the character
+    unsigned char low = 0x80, high = 0xBF;  // what the next of them may be
+
+    bool read(const std::string & bytes) {
+        for (const unsigned char byte : bytes) {
+            if (n_left > 0) {
+                if (byte < low || byte > high) return false;
+                --n_left;
+                low = 0x80, high = 0xBF;
+            } else if (byte >= 0x80) {
+                if (byte < 0xC2 || byte > 0xF4) return false;
+                n_left = byte < 0xE0 ? 1 : byte < 0xF0 ? 2 : 3;
+                low = byte == 0xE0 ? 0xA0 : byte == 0xF0 ? 0x90 : 0x80;
+                high = byte == 0xED ? 0x9F : byte == 0xF4 ? 0x8F : 0xBF;
+            }
+        }
+        return true;
+    }
+};
+
+// llama.cpp's grammars also allow what isn't seen as it is read there: a control token, of which nothing is seen, for the
+// characters of its name, and bytes that are no UTF-8. Here neither is allowed, but for the control tokens of `markup`.
 class Gbnf : public Constraint {
   public:
-    explicit Gbnf(llama_grammar * grammar) : grammar_(grammar) {}
+    Gbnf(const llama_vocab * vocab, llama_grammar * grammar, std::vector<llama_token> markup)
+        : vocab_(vocab), grammar_(grammar), markup_(std::move(markup)) {}
     ~Gbnf() override { llama_grammar_free_impl(grammar_); }
     Gbnf(const Gbnf &) = delete;
     Gbnf & operator=(const Gbnf &) = delete;
 
     std::unique_ptr<Constraint> copy() const override {
-        return std::make_unique<Gbnf>(llama_grammar_clone_impl(*grammar_));
+        auto made = std::make_unique<Gbnf>(vocab_, llama_grammar_clone_impl(*grammar_), markup_);
+        made->utf8_ = utf8_;
+        return made;
     }
 
     bool allows(llama_token token) override {
+        if (!is_seen(token)) return false;
         llama_token_data one{token, 0.0f, 0.0f};
         llama_token_data_array array{&one, 1, -1, false};
         llama_grammar_apply_impl(*grammar_, &array);
@@ -204,7 +232,9 @@ class Gbnf : public Constraint {
         }
         llama_token_data_array array{candidates_.data(), candidates_.size(), -1, false};
         llama_grammar_apply_impl(*grammar_, &array);
-        for (const auto & candidate : candidates_) logits[candidate.id] = candidate.logit;
+        for (const auto & candidate : candidates_) {
+            logits[candidate.id] = candidate.logit > -INFINITY && is_seen(candidate.id) ? candidate.logit : -INFINITY;
+        }
     }
 
     bool is_slow() const override { return true; }
@@ -214,6 +244,8 @@ class Gbnf : public Constraint {
         if (grammar_->stacks.size() > most_stacks) {
             throw std::runtime_error("the grammar can be followed in too many ways at once; make it less ambiguous");
         }
+        read_piece(vocab_, token, false, piece_);
+        utf8_.read(piece_);
     }
 
     bool may_end() override {
@@ -227,12 +259,26 @@ class Gbnf : public Constraint {
     static constexpr size_t most_stacks = 4096;
 
   private:
+    bool is_seen(llama_token token) {
+        if (llama_vocab_is_eog(vocab_, token)) return true;
+        if (llama_vocab_is_control(vocab_, token)) {
+            return std::find(markup_.begin(), markup_.end(), token) != markup_.end();
+        }
+        read_piece(vocab_, token, false, piece_);
+        return Utf8(utf8_).read(piece_);
+    }
+
+    const llama_vocab * vocab_;
     llama_grammar * grammar_;
+    std::vector<llama_token> markup_;
     std::vector<llama_token_data> candidates_;
+    Utf8 utf8_;
+    std::string piece_;
 };
 
-// NULL where llama.cpp refuses the grammar in its log: no root, left recursion.
-inline std::unique_ptr<Constraint> new_gbnf(const llama_vocab * vocab, const char * grammar, const Triggers & triggers) {
+// Of a text that goes on after `prefix`. NULL where llama.cpp refuses the grammar in its log: no root, left recursion.
+inline std::unique_ptr<Constraint> new_gbnf(const llama_vocab * vocab, const char * grammar, const Triggers & triggers,
+                                            const std::vector<llama_token> & markup, const std::string & prefix) {
     Guard guard;
     check_grammar(vocab, grammar);
     std::vector<const char *> patterns;
@@ -240,7 +286,10 @@ inline std::unique_ptr<Constraint> new_gbnf(const llama_vocab * vocab, const cha
     llama_grammar * made =
         llama_grammar_init_impl(vocab, grammar, "root", !triggers.empty(), patterns.data(), patterns.size(),
                                 triggers.tokens.data(), triggers.tokens.size());
-    return made == nullptr ? nullptr : std::make_unique<Gbnf>(made);
+    if (made == nullptr) return nullptr;
+    auto constraint = std::make_unique<Gbnf>(vocab, made, markup);
+    llama_grammar_accept_str(*made, prefix);  // and not its tokens: some tokenizers put spaces between
+    return constraint;
 }
 
 // --- llguidance --------------------------------------------------------------------------------------------------------

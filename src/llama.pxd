@@ -76,9 +76,16 @@ cdef extern from "constraint.hpp" namespace "tea" nogil:
     void set_llguidance(size_t i, size_t address)
     cppclass GuidedVocab:
         GuidedVocab(const llama_vocab* vocab) except +raise_fault
-    unique_ptr[Constraint] new_gbnf(const llama_vocab* vocab, const char* grammar, const Triggers& triggers) except +raise_fault
+    unique_ptr[Constraint] new_gbnf(const llama_vocab* vocab, const char* grammar, const Triggers& triggers,
+                                    const vector[llama_token]& markup, const string& prefix) except +raise_fault
     unique_ptr[Constraint] new_guided(const llama_vocab* vocab, const GuidedVocab& guided, const char* kind,
                                       const char* source) except +raise_fault
+
+cdef extern from "thinking.hpp" namespace "tea" nogil:
+    enum Binds:
+        ALWAYS, AFTER_THINKING, WITH_ITS_END
+    void add_thinking(unique_ptr[Constraint]& constraint, const llama_vocab* vocab, const string& start,
+                      const vector[string]& ends, const string& begun, int32_t budget, Binds binds) except +raise_fault
 
 cdef extern from "sampling.hpp" namespace "tea" nogil:
     cppclass Chain:
@@ -130,6 +137,7 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         Chain* chain
         int32_t n_lookback
         TextFilter filter
+        vector[llama_token] markup
         bool stream
         bool save
         vector[uint8_t] state
@@ -189,6 +197,27 @@ cdef extern from "chat_template.hpp" namespace "tea" nogil:
     cppclass ChatTemplate:
         ChatTemplate(const llama_model* model, const string& source, const ControlTexts* controls) except +raise_fault
         common_chat_params apply(const string& request, Rendered& rendered) except +raise_fault
+
+cdef extern from "chat_parser.hpp" namespace "tea" nogil:
+    struct CallNews:
+        size_t index
+        string id
+        string name
+        string arguments
+    struct ChatNews:
+        string content
+        string reasoning
+        vector[CallNews] calls
+    enum ChatTextEnd "tea::ChatParser::End":
+        CHAT_OPEN "tea::ChatParser::OPEN"
+        CHAT_WHOLE "tea::ChatParser::WHOLE"
+        CHAT_CUT "tea::ChatParser::CUT"
+    cppclass ChatText "tea::ChatParser":
+        ChatText(const common_chat_params& prompt) except +raise_fault
+        bool is_plain() except +raise_fault
+        bool reads_calls() except +raise_fault
+        ChatNews read(const string& piece, ChatTextEnd end) except +raise_fault
+        const string& unread()
 
 cdef extern from "ggml-cpu.h" nogil:
     struct ggml_threadpool_params:

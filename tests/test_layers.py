@@ -18,6 +18,7 @@ PACKAGE = Path(tea_llm.__file__).parent
 
 FLOORS = (
     ("errors",),
+    ("tools",),
     ("params",),
     ("settings",),
     ("chat", "constraint", "models", "template"),
@@ -30,7 +31,8 @@ FLOORS = (
     ("backend",),  # the seam: what a backend is. It opens `local` and `api`, which stand on it, by LATE below
     ("api_format",),
     ("api_io",),
-    ("api", "local"),
+    ("answer", "api"),
+    ("local",),
     ("actions",),
     ("workflow_file",),
     ("workflow",),
@@ -116,7 +118,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_importing_the_package_loads_no_room() -> None:
     """Each name comes from its room when it is first used."""
     loaded = _after("import tea_llm; tea_llm.LlmCallParams")["loaded"]
-    assert [name for name in loaded if name.startswith("tea_llm.")] == ["tea_llm.errors", "tea_llm.params"]
+    rooms = [name for name in loaded if name.startswith("tea_llm.")]
+    assert rooms == ["tea_llm.errors", "tea_llm.params", "tea_llm.tools"]
 
 
 @pytest.mark.parametrize("room", sorted(FLOOR_OF.keys() - {"_llama", "engine", "registry", "__main__"}))

@@ -9,6 +9,7 @@ from typing_extensions import disjoint_base
 from tea_llm.errors import LlmError
 
 __all__ = [
+    "ChatParser",
     "ChatPrompt",
     "Context",
     "Generation",
@@ -134,6 +135,7 @@ class ChatPrompt:
     @property
     def text(self) -> str: ...
     def tokenize(self) -> list[int]: ...
+    def parser(self) -> ChatParser: ...
     @property
     def generation_prompt(self) -> str: ...
     @property
@@ -154,6 +156,19 @@ class ChatPrompt:
     def thinking_end_tags(self) -> list[str]: ...
     @property
     def reasoning_format(self) -> _ReasoningFormat: ...
+
+@disjoint_base
+class ChatParser:
+    def __init__(self, prompt: ChatPrompt) -> None: ...
+    @property
+    def is_plain(self) -> bool: ...
+    @property
+    def reads_calls(self) -> bool: ...
+    def read(
+        self, piece: str, *, end: Literal["whole", "cut"] | None = None
+    ) -> tuple[str, str, list[tuple[int, str, str, str]]]: ...
+    @property
+    def unread(self) -> str: ...
 
 @disjoint_base
 class Context:
@@ -210,7 +225,14 @@ class Context:
 @disjoint_base
 class Grammar:
     def __init__(
-        self, model: Model, kind: str, source: str, *, triggers: Iterable[tuple[str, str | int]] = ()
+        self,
+        model: Model,
+        kind: str,
+        source: str,
+        *,
+        triggers: Iterable[tuple[str, str | int]] = (),
+        prefix: str | None = None,
+        markup: Sequence[int] = (),
     ) -> None: ...
     @property
     def model(self) -> Model: ...
@@ -245,6 +267,7 @@ class Sampler:
         mirostat_eta: float = 0.1,
         logit_bias: Mapping[int, float] | None = None,
         grammar: Grammar | str | None = None,
+        thinking: tuple[str, Sequence[str], str, int | None] | None = None,
         seed: int | None = None,
     ) -> None: ...
     @property
@@ -267,6 +290,7 @@ class Generation:
         n_ctx: int | None = None,
         known: tuple[Sequence[int], bytes] | None = None,
         save: bool = False,
+        markup: Sequence[int] = (),
     ) -> None: ...
     @property
     def context(self) -> Context: ...

@@ -32,6 +32,9 @@ class Constraint:
 
     kind: Literal["gbnf", "json_schema", "regex"]
     source: str
+    triggers: tuple[tuple[str, str | int], ...] = ()
+    prefix: str | None = None
+    markup: tuple[str, ...] = ()  # texts of the control tokens that may be in it
 
 
 def constraint_of(params: LlmCallParams) -> Constraint | None:

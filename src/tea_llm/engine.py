@@ -93,7 +93,7 @@ class TextRequest:
     """A prompt to continue, as text or in tokens. `sampling` holds keyword arguments of `_llama.Sampler`.
 
     `stream`: a chunk per token. What the prompt has in common with the `known` session is not computed again; `save`:
-    it becomes a session itself.
+    it becomes a session itself. Control tokens of the texts in `markup` are part of the answer; of others nothing is seen.
     """
 
     prompt: str | Sequence[int]
@@ -105,6 +105,7 @@ class TextRequest:
     truncate: bool = False
     known: Session | None = None
     save: bool = False
+    markup: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ class Engine:
         """What holds a text to `constraint`. The last ones are kept: to read one may take as long as a short answer."""
         if constraint is None:
             return None
-        grammar = self._grammars.pop(constraint, None) or _llama.Grammar(model, constraint.kind, constraint.source)
+        grammar = self._grammars.pop(constraint, None) or _read(model, constraint)
         self._grammars[constraint] = grammar  # the last to go
         if len(self._grammars) > _MAX_GRAMMARS:
             with suppress(StopIteration, KeyError, RuntimeError):  # another thread does so too
@@ -405,6 +406,7 @@ class Engine:
             n_ctx=self.n_ctx,
             known=(request.known.tokens, request.known.state) if request.known else None,
             save=request.save,
+            markup=_tokens(self.model, request.markup),
         )
 
     def _compute(self) -> None:
@@ -622,6 +624,30 @@ def _cut(tokens: list[int], n_ctx: int, max_tokens: int | None, *, keep_first: b
     if keep_first and n_keep > 1:
         return [tokens[0], *tokens[len(tokens) - n_keep + 1 :]]
     return tokens[len(tokens) - n_keep :]
+
+
+def _read(model: _llama.Model, of: Constraint) -> _llama.Grammar:
+    triggers = [_trigger(model, kind, value) for kind, value in of.triggers]
+    markup = _tokens(model, of.markup)
+    return _llama.Grammar(model, of.kind, of.source, triggers=triggers, prefix=of.prefix, markup=markup)
+
+
+def _trigger(model: _llama.Model, kind: str, value: str | int) -> tuple[str, str | int]:
+    """A trigger in the terms of `_llama.Grammar`. A word that is one token is found by that, as llama-server does."""
+    if kind == "word" and (tokens := _single(model, str(value))):
+        return "token", tokens[0]
+    return ("pattern", f"^(?:{value})$") if kind == "pattern_full" else (kind, value)
+
+
+def _tokens(model: _llama.Model, texts: Sequence[str]) -> list[int]:
+    """The tokens of those texts that are one token each."""
+    return [token for text in texts for token in _single(model, text)]
+
+
+def _single(model: _llama.Model, text: str) -> list[int]:
+    """The one token that `text` is, [] for a text of several."""
+    tokens = model.tokenize(text, add_special=False, parse_special=True)
+    return tokens if len(tokens) == 1 else []
 
 
 def _n_that_fit(texts: Sequence[Sequence[int]], first: int, n_batch: int) -> int:

@@ -10,8 +10,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from .answer import AnswerReader, chat_request
 from .backend import RequestBackend, checked_texts
 from .blocking import run_blocking
 from .chat import chat_parts, checked_message
@@ -57,8 +58,6 @@ _OFF: Mapping[str, Any] = {
 """The value that switches a sampler off, for those where None says so; for the others None is the default."""
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
@@ -186,25 +185,34 @@ class LocalLlmBackend(RequestBackend):
         file, known = await _beside(stream.loop, lambda: self._session(params), long=has_session)
         chunks = []
         is_long = params.messages is not None or _size(params) > _LONG_TEXT  # a template takes milliseconds, or longer
-        with await _beside(stream.loop, lambda: self._ticket(params, stream, known), long=is_long) as ticket:
+        ticket, reader = await _beside(stream.loop, lambda: self._begun(params, stream, known), long=is_long)
+        with ticket:
             try:
                 async for chunk in ticket:
-                    chunks.append(chunk)
-                    yield chunk
+                    piece = chunk if reader is None else reader.read(chunk)
+                    if piece:
+                        chunks.append(piece if isinstance(piece, str) else piece.content)
+                        yield piece
             except Cancelled:  # before its turn
                 if not stream.cancelled:
                     raise
                 yield LlmCallResult("", self.model, backend="local")
                 return
         outcome: Generated = ticket.outcome
+        finish_reason = "cancelled" if stream.cancelled else outcome.finish_reason
+        if reader is not None and (piece := reader.read("", end="whole" if finish_reason == "stop" else "cut")):
+            chunks.append(piece if isinstance(piece, str) else piece.content)
+            yield piece
+        calls = reader.calls() if reader is not None else ()
         result = LlmCallResult(
             "".join(chunks),
             self.model,
             tokens_used=outcome.usage.total_tokens,
-            finish_reason="cancelled" if stream.cancelled else outcome.finish_reason,
+            finish_reason="tool_calls" if calls and finish_reason == "stop" else finish_reason,
             usage=outcome.usage,
             backend="local",
             timings=outcome.timings,
+            tool_calls=calls,
         )
         saved = await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
         yield with_parsed(params, saved)
@@ -216,33 +224,33 @@ class LocalLlmBackend(RequestBackend):
         file = SessionFile(expand_path(params.session), self._open_engine().origin)
         return file, file.read()
 
-    def _ticket(self, params: LlmCallParams, stream: TextStream, known: Session | None) -> Ticket[Generated]:
-        """Hand the request to the engine."""
+    def _begun(
+        self, params: LlmCallParams, stream: TextStream, known: Session | None
+    ) -> tuple[Ticket[Generated], AnswerReader | None]:
+        """Hand the request to the engine. With what reads its answer, where that is more than plain text."""
+        request, reader = self._text_request(params, known, in_chunks=stream.in_chunks)
         ticket = self._open_engine().generate(
-            self._text_request(params, known, in_chunks=stream.in_chunks),
+            request,
             timeout_s=params.timeout_s,
             queue_timeout_s=self._settings.queue_timeout,
             priority=params.priority,
             loop=stream.loop,
         )
         stream.cancel_by(ticket.cancel)
-        return ticket
+        return ticket, reader
 
-    def _text_request(self, params: LlmCallParams, known: Session | None, *, in_chunks: bool) -> TextRequest:
+    def _text_request(
+        self, params: LlmCallParams, known: Session | None, *, in_chunks: bool
+    ) -> tuple[TextRequest, AnswerReader | None]:
         for name, plain in _UNSUPPORTED.items():
             if params.extra.get(name) not in plain:
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
         if params.extra:
             logger.debug("API parameters without a meaning for a local model: %s", ", ".join(params.extra))
-        prompt: str | Sequence[int] = params.prompt
-        stops = params.stops
-        if params.messages is not None:
-            prompt, chat_stops = self._chat_prompt(params, params.messages)
-            stops += chat_stops
         request: TextRequest = _engine_rooms().engine.TextRequest(
-            prompt=prompt,
+            prompt=params.prompt,
             max_tokens=params.max_tokens,
-            stop=stops,
+            stop=params.stops,
             sampling=_sampling(params),
             constraint=constraint_of(params),
             stream=in_chunks,
@@ -250,15 +258,20 @@ class LocalLlmBackend(RequestBackend):
             known=known,
             save=params.session is not None,
         )
-        return request
-
-    def _chat_prompt(self, params: LlmCallParams, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
-        """The prompt for `messages`, and what ends the answer where the model's own tokens may not."""
-        model = self._open_engine().model
-        if (prompt := self._rendered(params, messages)) is not None:
-            return prompt.tokenize(), tuple(prompt.stops)
+        if params.messages is None:
+            if params.tools:
+                raise BadRequest("tools are given, and a prompt that is continued knows none; give messages")
+            return request, None
+        if (chat := self._rendered(params, params.messages)) is not None:
+            return chat_request(request, chat, params, self.model_path)
+        if params.tools:
+            raise BadRequest(
+                f"tools are given, and {self.model_path} has no chat template that knows them; use a model that has "
+                "one, or leave out chat_format"
+            )
         chat_format = self.chat_format or self._format_by_name
-        return model.tokenize_parts(chat_parts(messages, chat_format)), _STOPS[chat_format]
+        prompt = self._open_engine().model.tokenize_parts(chat_parts(params.messages, chat_format))
+        return dataclasses.replace(request, prompt=prompt, stop=params.stops + _STOPS[chat_format]), None
 
     def _rendered(self, params: LlmCallParams, messages: Sequence[Message]) -> ChatPrompt | None:
         """The prompt by a Jinja template: the call's, the backend's or the file's. None where a format writes it."""
@@ -268,8 +281,13 @@ class LocalLlmBackend(RequestBackend):
             template, name = self._chat_template, self._settings.chat_template_name
             if template is None and name is None and (self.chat_format is not None or model.chat_template is None):
                 return None
+        choice = params.tool_choice or "auto"
         return model.apply_chat_template(
             [checked_message(message) for message in messages],
+            tools=cast("Sequence[Mapping[str, Any]] | None", params.tools),
+            tool_choice=choice if isinstance(choice, str) else choice["function"]["name"],
+            parallel_tool_calls=params.parallel_tool_calls,
+            enable_thinking=params.reasoning,
             template=template,
             variant=name if template is None else None,
             template_kwargs={**self._template_kwargs, **(params.template_kwargs or {})},
