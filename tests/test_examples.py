@@ -13,6 +13,7 @@ import yaml
 from tea_llm.workflow import run_workflow
 
 from .api_server import ApiServer, Reply, chat, delta, json_reply, sse, stream
+from .reciting_models import write_reciting
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -80,6 +81,22 @@ def test_embed_finds_the_nearest_document(server: ApiServer) -> None:
     state = _run("embed", backend="api")
     assert state["nearest"].startswith("Boil the noodles")
     assert state["scores"][0] == max(state["scores"])
+
+
+def test_a_function_helps_with_the_answer(server: ApiServer) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "multiply", "arguments": '{"a": 17, "b": 23}'}}
+    server.replies = [chat(None, tool_calls=[call], finish_reason="tool_calls"), chat("It is 391.")]
+    state = _run("tools", backend="api")
+    assert state["answer"] == "It is 391."
+    assert server.seen[1].body["messages"][-1]["content"] == "391"
+
+
+@needs_llama
+def test_a_local_model_has_a_function_help(tmp_path: Path) -> None:
+    call = ("<tool_call>", '\n{"name": "multiply", ', '"arguments": {"a": 17', ', "b": 23}}\n', "</tool_call>")
+    model = write_reciting(tmp_path / "reciting.gguf", {"\n": call, "<|again|>": ("It is 391.",)})
+    state = _run("tools", gguf=model, backend="local")
+    assert (state["answer"], state["calls"][0]["arguments"]) == ("It is 391.", {"a": 17, "b": 23})
 
 
 @needs_llama

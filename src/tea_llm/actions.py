@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 
 from .backend import BackendPool, LlmBackend, RequestBackend, rendered_llm
 from .errors import ApiError, BadRequest, FallbackError, LlmError
-from .models import resolve_model_path
 from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message
 from .settings import LlmSettings
+from .tools import ToolCall, check_arguments, function_tool
 
 __all__ = ["ACTIONS", "Action", "ActionFunction", "Ask", "__tea_actions__", "register_actions"]
 
@@ -87,14 +87,6 @@ class _Room:
         """Every action that a tool may name: the engine's, and those registered with these."""
         return {**self.registry, **_mapping(getattr(self.engine, "actions_registry", None))}
 
-    def answers_locally(self, settings: LlmSettings) -> bool:
-        """Whether a model on this machine is to answer, as far as that is known before it is loaded."""
-        if isinstance(getattr(self.engine, "llm_backend", None), LlmBackend):
-            return False  # somebody's own backend, which knows what it can
-        path = self.cli.get("model_path")
-        backend = self.cli.get("backend") or ("local" if path else settings.backend)
-        return backend == "local" or (backend == "auto" and resolve_model_path(settings, path) is not None)
-
 
 @dataclass(frozen=True)
 class Ask:
@@ -133,9 +125,9 @@ class Ask:
         unknown = {name: value for name, value in self.more.items() if name not in known and value is not None}
         return unknown | {name: self.said[name] for name in _RETRY_FIELDS if name in self.said}
 
-    def params(self, *, messages: Sequence[Message] | None = None, **extra: Any) -> LlmCallParams:
-        """The request; `extra` goes into the body of an API call."""
-        fields = {name: value for name, value in self.more.items() if name in _PARAM_FIELDS}
+    def params(self, *, messages: Sequence[Message] | None = None, **further: Any) -> LlmCallParams:
+        """The request; `further` fields come before those that the node gave."""
+        fields = {name: value for name, value in self.more.items() if name in _PARAM_FIELDS} | further
         prompt = self.values["prompt"]
         if messages is None:
             messages = self.messages()
@@ -147,7 +139,7 @@ class Ask:
             temperature=self.values["temperature"],
             stop=self.values["stop"],
             timeout_s=self.timeout_s,
-            extra={**self.further, **extra},
+            extra=self.further,
             **fields,
         )
 
@@ -229,70 +221,91 @@ def _vectors(ask: Ask, texts: list[str]) -> LlmEmbedResult:
 
 
 def _tools(ask: Ask) -> dict[str, Any]:
-    """Answer with the help of `tools`: run the action of each tool the model calls, feed back what it gave, repeat."""
-    if ask.room.answers_locally(ask.settings):
-        raise BadRequest("llm.tools can't call tools with a local model yet; set backend: api for this node")
+    """Answer with the help of `tools`: run what is behind each tool the model calls, feed back what it gave, repeat."""
     known, given, n_rounds = ask.room.actions(), ask.values["tools"], ask.values["max_tool_rounds"]
     if not isinstance(given, list | tuple | None):
         raise BadRequest(f"tools is {given!r:.80}; give a list of {{name, description, parameters, action}}")
     if type(n_rounds) is not int or n_rounds < 0:
         raise BadRequest(f"max_tool_rounds is {n_rounds!r}; give a whole number of at least 0")
-    tools = [_Tool.from_mapping(tool, i, known) for i, tool in enumerate(given or ())]
+    tools = [_Tool.of(tool, i, known) for i, tool in enumerate(given or ())]
     by_name = {tool.name: tool for tool in tools}
+    if len(by_name) < len(tools):
+        raise BadRequest(f"tools has {len(tools)} entries of {len(by_name)} names; give each a name of its own")
     messages: list[Message] = list(ask.messages(chat=True) or ())
-    body = {"tools": [tool.schema for tool in tools], "tool_choice": ask.values["tool_choice"]} if tools else {}
+    asked = {"tools": [tool.schema for tool in tools], "tool_choice": ask.values["tool_choice"]} if tools else {}
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     answer: dict[str, Any] = {"content": "", "tool_calls": calls, "tool_results": results, "rounds": 0}
     while answer["rounds"] < n_rounds:
-        result = ask.backend.call(ask.params(messages=messages, **body))
+        result = ask.backend.call(ask.params(messages=messages, **asked))
         answer.update(_as_dict(result), tool_calls=calls)
+        if result.finish_reason in ("length", "cancelled") and tools:
+            return {**answer, "warning": f"The answer was cut ({result.finish_reason}); no tool of it was run"}
         if not result.tool_calls:
             return answer
         answer["rounds"] += 1
-        messages.append({"role": "assistant", "content": result.content or None, "tool_calls": list(result.tool_calls)})
+        messages.append(_as_message(result))
         for call in result.tool_calls:
-            record, text = _run_tool(call, by_name, ask)
+            record, text = _run_tool(ToolCall(call), by_name, ask)
             calls.append(record)
             results.append({"tool_call_id": record["id"], "name": record["name"], "result": text})
             messages.append({"role": "tool", "tool_call_id": record["id"], "content": text})
+        if asked.get("tool_choice") not in ("auto", "none"):
+            asked["tool_choice"] = "auto"  # what was demanded was done, and the model may answer
     return {**answer, "warning": f"Max tool rounds ({n_rounds}) reached"}
+
+
+def _as_message(result: LlmCallResult) -> Message:
+    """The answer as what was said, for the next round; a local model also reads what it thought before it called."""
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": result.content or None,
+        "tool_calls": [dict(call) for call in result.tool_calls],
+    }
+    if result.reasoning and result.backend == "local":
+        message["reasoning_content"] = result.reasoning
+    return message
 
 
 @dataclass(frozen=True)
 class _Tool:
-    """A tool as the model sees it (`schema`, OpenAI's form) and the action behind it, None where there is none."""
+    """A tool as the model sees it (`schema`, OpenAI's form) and what is behind it, None where there is nothing."""
 
     name: str
     schema: Mapping[str, Any]
-    action: ActionFunction | None
+    run: ActionFunction | None = None
+    takes_state: bool = False  # as actions do
 
     @classmethod
-    def from_mapping(cls, tool: Any, i: int, known: Mapping[str, ActionFunction]) -> _Tool:
-        """The tool that `tools[i]` describes: `{name, description, parameters, action}`, or OpenAI's own form."""
+    def of(cls, tool: Any, i: int, known: Mapping[str, ActionFunction]) -> _Tool:
+        """The tool that `tools[i]` is: `{name, description, parameters, action}`, OpenAI's own form, or a function."""
+        if callable(tool):
+            if inspect.iscoroutinefunction(tool):
+                raise BadRequest(f"tools[{i}] is {tool!r:.80}, which nobody would await here; give a plain function")
+            schema = function_tool(tool)
+            return cls(schema["function"]["name"], schema, tool)
         if not isinstance(tool, Mapping):
             raise BadRequest(f"tools[{i}] is {tool!r:.80}; give a mapping: name, description, parameters, action")
         function = _mapping(tool.get("function")) or tool
         name, action = function.get("name"), tool.get("action")
         if not isinstance(name, str) or not name:
             raise BadRequest(f"tools[{i}] has no name; give it one")
-        if action is not None and (not isinstance(action, str) or action not in known):
+        if action is not None and not callable(action) and (not isinstance(action, str) or action not in known):
             raise BadRequest(f"tools[{i}].action is {action!r}, which is no known action; register it first")
         described = {
             **(function if function is not tool else {"description": str(tool.get("description") or "")}),
             "name": name,
             "parameters": _as_json_schema(_mapping(function.get("parameters"))),
         }
-        return cls(name, {"type": "function", "function": described}, None if action is None else known[action])
+        run = known[action] if isinstance(action, str) else action
+        return cls(name, {"type": "function", "function": described}, run, takes_state=isinstance(action, str))
 
-    def check_arguments(self, arguments: Any) -> None:
-        """Nothing, for arguments that the tool has parameters for. Raises BadRequest, for the model to read."""
-        if not isinstance(arguments, dict):
-            raise BadRequest(f"the arguments are {arguments!r:.80}; give a JSON object")
-        schema = self.schema["function"]["parameters"]
-        unknown = sorted(set(arguments) - set(schema.get("properties") or ()))
-        if unknown and not schema.get("additionalProperties"):
-            raise BadRequest(f"{self.name} has no parameter {unknown[0]!r}")
+    def call(self, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+        """What the tool gives for these arguments. Raises BadRequest for arguments that it doesn't take."""
+        check_arguments(self.name, self.schema["function"]["parameters"], arguments)
+        if self.run is None:
+            return {"note": f"Tool {self.name!r} called but no action mapped", "arguments": arguments}
+        return self.run(state=state, **arguments) if self.takes_state else self.run(**arguments)
 
 
 def _as_json_schema(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -307,25 +320,19 @@ def _as_json_schema(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _run_tool(call: Mapping[str, Any], tools: Mapping[str, _Tool], ask: Ask) -> tuple[dict[str, Any], str]:
+def _run_tool(call: ToolCall, tools: Mapping[str, _Tool], ask: Ask) -> tuple[dict[str, Any], str]:
     """The record of one tool call, and what it gave as JSON. A tool that fails gives an error for the model to read."""
-    function = _mapping(call.get("function"))
-    name, text = str(function.get("name") or ""), function.get("arguments") or "{}"
-    record: dict[str, Any] = {"id": call.get("id"), "name": name, "arguments": {}}
+    record: dict[str, Any] = {"id": call.get("id"), "name": call.name, "arguments": {}}
     try:
-        record["arguments"] = arguments = json.loads(text) if isinstance(text, str) else text
-        tool = tools.get(name)
+        record["arguments"] = arguments = call.arguments
+        tool = tools.get(call.name)
         if tool is None:
-            raise BadRequest(f"there is no tool {name!r}; the tools are {', '.join(tools)}")
-        tool.check_arguments(arguments)
-        if tool.action is None:
-            result: Any = {"note": f"Tool {name!r} called but no action mapped", "arguments": arguments}
-        else:
-            result = tool.action(state=ask.state, **arguments)
+            raise BadRequest(f"there is no tool {call.name!r}; the tools are {', '.join(tools)}")
+        result = tool.call(arguments, ask.state)
+        return record, json.dumps(result, ensure_ascii=False, default=str)
     except Exception as exc:  # noqa: BLE001  a tool is anybody's code, and the model is to hear of its failure
-        logger.warning("Tool %s failed: %s", name, exc)
-        result = {"error": str(exc) or type(exc).__name__}
-    return record, json.dumps(result, ensure_ascii=False, default=str)
+        logger.warning("Tool %s failed: %s", call.name, exc)
+        return record, json.dumps({"error": str(exc) or type(exc).__name__}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -476,6 +483,8 @@ def _as_dict(result: LlmCallResult) -> dict[str, Any]:
         answer["parsed"] = result.parsed
     if result.parse_error is not None:
         answer["parse_error"] = result.parse_error
+    if result.reasoning is not None:
+        answer["reasoning"] = result.reasoning
     if result.tool_calls:
         answer["tool_calls"] = [dict(call) for call in result.tool_calls]
     return answer

@@ -93,7 +93,8 @@ class TextRequest:
     """A prompt to continue, as text or in tokens. `sampling` holds keyword arguments of `_llama.Sampler`.
 
     `stream`: a chunk per token. What the prompt has in common with the `known` session is not computed again; `save`:
-    it becomes a session itself. Control tokens of the texts in `markup` are part of the answer; of others nothing is seen.
+    it becomes a session itself. Control tokens of the texts in `markup` are part of the answer; of others nothing is
+    seen.
     """
 
     prompt: str | Sequence[int]
