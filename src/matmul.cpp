@@ -1,17 +1,21 @@
-// Multiplies weights of 4 and 8 bits (Q4_0, Q4_K, Q8_0) with a batch, on x86 with AVX-512 VNNI. Compiled into ggml-cpu in
-// place of ggml's kernels for it (arch/x86/repack.cpp and llamafile/sgemm.cpp), which serve what ours leave out.
+// Multiplies weights of 4 and 8 bits (Q4_0, Q4_K, Q8_0, IQ4_NL) with a batch, and float weights with a single row, on x86
+// with AVX-512 VNNI. Compiled into ggml-cpu in place of ggml's kernels for it (arch/x86/repack.cpp and
+// llamafile/sgemm.cpp), which serve what ours leave out.
 //
 // VNNI multiplies unsigned bytes with signed ones. ggml's make the weights unsigned for each product anew, and mend the
 // signs of what they are multiplied with. Here weights are made unsigned once, by adding 8 or 128, and as many times the
 // sum of the row's values is taken off again. All of it is done in whole numbers, and the blocks are added up in the order
 // of ggml's product with a single row: the results are the same bits, however many rows there are. (ggml's own for many
-// rows of Q4_K adds up in another.)
+// rows of Q4_K adds up in another.) Float weights are ggml's from two rows on, whose order the single row has here.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+#define GGML_COMMON_IMPL_CPP  // kvalues_iq4nl
 #include "ggml-common.h"
 #include "ggml-cpu-impl.h"  // immintrin.h
 #include "llamafile/sgemm.h"
@@ -253,7 +257,7 @@ void multiply_interleaved(int n, float * s, size_t bs, const Weights * weights, 
     }
 }
 
-// --- Q8_0, row by row --------------------------------------------------------------------------------------------------
+// --- Q8_0 and IQ4_NL, row by row ---------------------------------------------------------------------------------------
 #ifdef GGML_USE_LLAMAFILE  // GGML_LLAMAFILE=OFF leaves these products to ggml's single rows
 
 constexpr int64_t WEIGHT_ROWS = 4;  // computed at once, two in a vector
@@ -282,13 +286,23 @@ inline __m512i twice(const void * eight) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i *>(eight)));
 }
 
-inline __m512i read_pair(const block_q8_0 & first, const block_q8_0 & second) {
-    const __m256i f = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(first.qs));
-    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(second.qs));
-    return _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(f), s, 1), _mm512_set1_epi8(static_cast<char>(0x80)));
+inline __m256i read_signed(const block_q8_0 & b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b.qs)); }
+
+inline __m256i read_signed(const block_iq4_nl & b) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i *>(b.qs));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i *>(kvalues_iq4nl));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), _mm256_and_si256(both, _mm256_set1_epi8(0x0F)));
 }
 
-inline __m512 read_pair_scales(const block_q8_0 & first, const block_q8_0 & second) {
+template <class Weights>
+inline __m512i read_pair(const Weights & first, const Weights & second) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(read_signed(first)), read_signed(second), 1);
+    return _mm512_xor_si512(both, _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+
+template <class Weights>
+inline __m512 read_pair_scales(const Weights & first, const Weights & second) {
     return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(to_float(first.d)), _mm512_set1_ps(to_float(second.d)));
 }
 
@@ -299,8 +313,8 @@ inline float sum_of(__m256 x) {  // in the order of ggml's
 }
 
 // Four rows of `a` times N rows of values, k blocks each.
-template <int N>
-void multiply_rows(int64_t k, const block_q8_0 * a, int64_t lda, const Values * values, float * c, int64_t ldc) {
+template <int N, class Weights>
+void multiply_rows(int64_t k, const Weights * a, int64_t lda, const Values * values, float * c, int64_t ldc) {
     __m512 sums[N][2];
     for (auto & pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
     for (int64_t b = 0; b < k; ++b) {
@@ -326,18 +340,20 @@ void multiply_rows(int64_t k, const block_q8_0 * a, int64_t lda, const Values * 
     }
 }
 
-constexpr decltype(&multiply_rows<1>) multiply_n_rows[VALUE_ROWS] = {
-    multiply_rows<1>, multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
-    multiply_rows<5>, multiply_rows<6>, multiply_rows<7>, multiply_rows<8>,
+template <class Weights>
+constexpr decltype(&multiply_rows<1, Weights>) multiply_n_rows[VALUE_ROWS] = {
+    multiply_rows<1, Weights>, multiply_rows<2, Weights>, multiply_rows<3, Weights>, multiply_rows<4, Weights>,
+    multiply_rows<5, Weights>, multiply_rows<6, Weights>, multiply_rows<7, Weights>, multiply_rows<8, Weights>,
 };
 
-// This thread's share of `m` weight rows, a multiple of four, times `n` rows of values.
-void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const block_q8_0 * a, int64_t lda,
+// This thread's share of `m` weight rows times `n` rows of values.
+template <class Weights>
+void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const Weights * a, int64_t lda,
                     const block_q8_0 * b, int64_t ldb, float * c, int64_t ldc) {
     static thread_local std::vector<Values> values;
-    const int64_t n_fours = m / WEIGHT_ROWS;
+    const int64_t n_fours = (m + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
     const int64_t begin = n_fours * params->ith / params->nth * WEIGHT_ROWS;
-    const int64_t end = n_fours * (params->ith + 1) / params->nth * WEIGHT_ROWS;
+    const int64_t end = std::min(n_fours * (params->ith + 1) / params->nth * WEIGHT_ROWS, m);
     constexpr int64_t at_once = 32;  // rows of values, so that they stay in the cache
     for (int64_t from = 0; from < n; from += at_once) {
         const int64_t n_values = std::min(n - from, at_once);
@@ -346,11 +362,69 @@ void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, in
         for (int64_t row = begin; row < end; row += WEIGHT_ROWS) {
             for (int64_t i = 0; i < n_values; i += VALUE_ROWS) {
                 const int64_t n_rows = std::min(n_values - i, VALUE_ROWS);
+                const auto multiply = multiply_n_rows<Weights>[n_rows - 1];
                 float * out = c + (from + i) * ldc + row;
-                multiply_n_rows[n_rows - 1](k, a + row * lda, lda, values.data() + i * k, out, ldc);
+                if (end - row >= WEIGHT_ROWS) {
+                    multiply(k, a + row * lda, lda, values.data() + i * k, out, ldc);
+                    continue;
+                }
+                for (int64_t left = 0; left < end - row; ++left) {  // four times the same
+                    float four[VALUE_ROWS * WEIGHT_ROWS];
+                    multiply(k, a + (row + left) * lda, 0, values.data() + i * k, four, WEIGHT_ROWS);
+                    for (int64_t j = 0; j < n_rows; ++j) out[j * ldc + left] = four[j * WEIGHT_ROWS];
+                }
             }
         }
     }
+}
+
+// --- F32, F16 and BF16, a single row -----------------------------------------------------------------------------------
+
+inline __m512 load_floats(const float * at) { return _mm512_loadu_ps(at); }
+
+inline __m512 load_floats(const ggml_fp16_t * at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)));
+}
+
+#ifdef __AVX512BF16__
+constexpr int64_t BF16_STEP = 32;
+
+inline __m512bh load_floats(const ggml_bf16_t * at) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(at));
+}
+
+inline __m512 multiply_add(__m512bh a, __m512bh b, __m512 sum) { return _mm512_dpbf16_ps(sum, a, b); }
+#else
+constexpr int64_t BF16_STEP = 16;
+
+inline __m512 load_floats(const ggml_bf16_t * at) {
+    const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+}
+#endif
+
+inline __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+// What tinyBLAS (llamafile/sgemm.cpp) does with two rows and more and leaves with one: `m` weight rows, of which this
+// thread takes its share, times a row. False where it leaves any number of rows.
+template <int64_t STEP, class T>
+bool multiply_row(const ggml_compute_params * params, int64_t m, int64_t k, const T * a, int64_t lda, const T * b, float * c) {
+    if (m % WEIGHT_ROWS != 0 || k % STEP != 0) return false;
+    const int64_t n_fours = m / WEIGHT_ROWS;
+    const int64_t end = n_fours * (params->ith + 1) / params->nth * WEIGHT_ROWS;
+    for (int64_t row = n_fours * params->ith / params->nth * WEIGHT_ROWS; row < end; row += WEIGHT_ROWS) {
+        __m512 sums[WEIGHT_ROWS] = {};
+        for (int64_t i = 0; i < k; i += STEP) {
+            const auto values = load_floats(b + i);
+            for (int64_t j = 0; j < WEIGHT_ROWS; ++j) {
+                const T * weights = a + (row + j) * lda + i;
+                fetch(weights + WEIGHT_ROWS * lda, 1);
+                sums[j] = multiply_add(load_floats(weights), values, sums[j]);
+            }
+        }
+        for (int64_t j = 0; j < WEIGHT_ROWS; ++j) c[row + j] = _mm512_reduce_add_ps(sums[j]);
+    }
+    return true;
 }
 
 #endif
@@ -362,15 +436,27 @@ void multiply_share(const ggml_compute_params * params, int64_t m, int64_t n, in
 extern "C" bool llamafile_sgemm(
     const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda, const void * b,
     int64_t ldb, void * c, int64_t ldc, int a_type, int b_type, int c_type) {
-    if (a_type != GGML_TYPE_Q8_0 || b_type != GGML_TYPE_Q8_0 || c_type != GGML_TYPE_F32 || n < 2) {
-        return tea_upstream_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
-    }
-    const auto * weights = static_cast<const block_q8_0 *>(a);
+    const auto is = [&](ggml_type of_weights, ggml_type of_values) { return a_type == of_weights && b_type == of_values; };
     auto * out = static_cast<float *>(c);
-    const int64_t m_ours = m / WEIGHT_ROWS * WEIGHT_ROWS;
-    multiply_share(params, m_ours, n, k, weights, lda, static_cast<const block_q8_0 *>(b), ldb, out, ldc);
-    return m_ours == m || tea_upstream_llamafile_sgemm(params, m - m_ours, n, k, weights + m_ours * lda, lda, b, ldb,
-                                                       out + m_ours, ldc, a_type, b_type, c_type);
+    const auto share = [&](const auto * weights) {
+        multiply_share(params, m, n, k, weights, lda, static_cast<const block_q8_0 *>(b), ldb, out, ldc);
+        return true;
+    };
+    if (c_type == GGML_TYPE_F32) {
+        if (is(GGML_TYPE_Q8_0, GGML_TYPE_Q8_0) && n > 1) return share(static_cast<const block_q8_0 *>(a));
+        if (is(GGML_TYPE_IQ4_NL, GGML_TYPE_Q8_0)) return share(static_cast<const block_iq4_nl *>(a));
+        if (n == 1) {
+            const auto row = [&](auto step, const auto * weights) {
+                return multiply_row<step>(params, m, k, weights, lda, static_cast<decltype(weights)>(b), out);
+            };
+            constexpr std::integral_constant<int64_t, 16> sixteen;
+            constexpr std::integral_constant<int64_t, BF16_STEP> bf16;
+            if (is(GGML_TYPE_F32, GGML_TYPE_F32)) return row(sixteen, static_cast<const float *>(a));
+            if (is(GGML_TYPE_F16, GGML_TYPE_F16)) return row(sixteen, static_cast<const ggml_fp16_t *>(a));
+            if (is(GGML_TYPE_BF16, GGML_TYPE_BF16)) return row(bf16, static_cast<const ggml_bf16_t *>(a));
+        }
+    }
+    return tea_upstream_llamafile_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
 }
 #endif
 
