@@ -1,15 +1,14 @@
-// Multiplies weights of the types Q2_K to Q6_K and IQ4_XS with one row or a few, on x86 with AVX-512 VNNI. Compiled into
-// ggml-cpu in place of ggml's tiled product (tiled/tiled.cpp), which goes on serving larger batches.
+// Multiplies weights of the types Q2_K to Q6_K and IQ4_XS with one row or a few, on x86 with AVX-512 VNNI. Compiled
+// into ggml-cpu in place of ggml's tiled product (tiled/tiled.cpp), which goes on serving larger batches.
 //
-// For batches of less than eight rows ggml would compute row by row, with sums whose last bits are others. Here they are
+// Of less than eight rows ggml would compute one after the other, with sums whose last bits are others. Here they are
 // the tiled product's: for each block of 256 weights whole numbers, which are exact in any order, and of these the same
 // few steps in floats, block after block. Neither source is compiled with multiplications and additions contracted
-// (CMakeLists.txt): that would be the compiler's choice. Sixteen columns are computed at once, so that the steps in floats
-// are one instruction for all of them.
+// (CMakeLists.txt): that would be the compiler's choice. Sixteen columns are computed at once, so that the steps in
+// floats are one instruction for all of them.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
@@ -32,8 +31,8 @@ namespace {
 struct Block {  // 256 weights of a column
     __m512i weights[4];  // as unsigned bytes, in their order
     __m512i scales[4];   // of the sums of four products that a lane has; see `spread_words` and `spread`
-    __m256i offsets;     // by 16 weights: what the sum of their values is multiplied with, to be taken off. Minima are scaled
-                         // on their own; what was added to make weights unsigned is scaled like the weights
+    __m256i offsets;     // by 16 weights: what the sum of their values is multiplied with, to be taken off: minima,
+                         // or what was added to make weights unsigned, times their scales
 };
 
 inline __m128i load_16(const void * at) { return _mm_loadu_si128(static_cast<const __m128i *>(at)); }
@@ -51,10 +50,9 @@ inline __m512i bits(__m256i bytes, int first, int second, int mask) {
 // of the one after four of the other, and so are those of [2] and [3].
 template <int WIDTH>
 inline void spread_words(__m128i scales, Block * out) {
-    const __m512i of_16 = _mm512_setr_epi64(0x0000000000000000, 0x0004000400040004, 0x0001000100010001, 0x0005000500050005,
-                                            0x0002000200020002, 0x0006000600060006, 0x0003000300030003, 0x0007000700070007);
-    const __m512i of_32 = _mm512_setr_epi64(0x0000000000000000, 0x0002000200020002, 0x0000000000000000, 0x0002000200020002,
-                                            0x0001000100010001, 0x0003000300030003, 0x0001000100010001, 0x0003000300030003);
+    constexpr int64_t four = 0x0001000100010001;
+    const __m512i of_16 = _mm512_setr_epi64(0, 4 * four, 1 * four, 5 * four, 2 * four, 6 * four, 3 * four, 7 * four);
+    const __m512i of_32 = _mm512_setr_epi64(0, 2 * four, 0, 2 * four, 1 * four, 3 * four, 1 * four, 3 * four);
     const __m512i first = WIDTH == 16 ? of_16 : of_32, all = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales));
     out->scales[0] = _mm512_permutexvar_epi16(first, all);
     out->scales[1] = _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16(128 / WIDTH)), all);
@@ -64,6 +62,7 @@ inline void spread_words(__m128i scales, Block * out) {
 inline void spread(__m128i scales, Block * out) {
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m512i all = _mm512_cvtepi8_epi32(scales);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         out->scales[i] = _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(2 * i)), all);
     }
@@ -88,6 +87,7 @@ inline void read_six_bits(const uint8_t * packed, Block * out) {
 
 inline Block read(const block_q2_K & b) {
     Block out;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) out.weights[i] = bits(load_32(b.qs + i / 2 * 32), i % 2 * 4, i % 2 * 4 + 2, 0x03);
     const __m128i packed = load_16(b.scales), low = _mm_set1_epi8(0x0F);
     spread_words<16>(_mm_and_si128(packed, low), &out);
@@ -98,6 +98,7 @@ inline Block read(const block_q2_K & b) {
 inline Block read(const block_q3_K & b) {
     Block out;
     const __m256i upper = load_32(b.hmask);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const __m512i lower = bits(load_32(b.qs + i / 2 * 32), i % 2 * 4, i % 2 * 4 + 2, 0x03);
         out.weights[i] = _mm512_or_si512(lower, bits(upper, 2 * i - 2, 2 * i - 1, 0x04));
@@ -115,6 +116,7 @@ inline Block read(const block_q3_K & b) {
 
 inline Block read(const block_q4_K & b) {
     Block out;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) out.weights[i] = bits(load_32(b.qs + i * 32), 0, 4, 0x0F);
     read_six_bits(b.scales, &out);
     return out;
@@ -123,6 +125,7 @@ inline Block read(const block_q4_K & b) {
 inline Block read(const block_q5_K & b) {
     Block out;
     const __m256i upper = load_32(b.qh);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const __m512i lower = bits(load_32(b.qs + i * 32), 0, 4, 0x0F);
         out.weights[i] = _mm512_or_si512(lower, bits(upper, 2 * i - 4, 2 * i - 3, 0x10));
@@ -133,6 +136,7 @@ inline Block read(const block_q5_K & b) {
 
 inline Block read(const block_q6_K & b) {
     Block out;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const __m512i packed = load_64(b.ql + i / 2 * 64), lower = i % 2 ? _mm512_srli_epi16(packed, 4) : packed;
         const __m512i upper = bits(load_32(b.qh + i / 2 * 32), i % 2 * 4 - 4, i % 2 * 4 - 2, 0x30);
@@ -148,6 +152,7 @@ inline Block read(const block_iq4_xs & b) {
     Block out;
     const __m128i words = _mm_xor_si128(load_16(kvalues_iq4nl), _mm_set1_epi8(static_cast<char>(128)));
     const __m512i order = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), halves = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         const __m512i twice = _mm512_permutexvar_epi64(order, _mm512_castsi256_si512(load_32(b.qs + i * 32)));
         const __m512i codes = _mm512_and_si512(_mm512_srlv_epi64(twice, halves), bytes_of(0x0F));
@@ -155,7 +160,8 @@ inline Block read(const block_iq4_xs & b) {
     }
     const __m128i low = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(0xF, b.scales_l));  // two in each
     const __m128i low_8 = _mm_and_si128(_mm_or_si128(low, _mm_slli_epi16(low, 4)), _mm_set1_epi8(0x0F));
-    const __m128i high = _mm_srlv_epi16(_mm_set1_epi16(static_cast<int16_t>(b.scales_h)), _mm_setr_epi16(0, 2, 4, 6, 8, 10, 12, 14));
+    const __m128i stored = _mm_set1_epi16(static_cast<int16_t>(b.scales_h));
+    const __m128i high = _mm_srlv_epi16(stored, _mm_setr_epi16(0, 2, 4, 6, 8, 10, 12, 14));
     const __m128i high_8 = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi16(3)), 4);
     const __m128i scales = _mm_sub_epi8(_mm_or_si128(low_8, _mm_packus_epi16(high_8, high_8)), _mm_set1_epi8(32));
     spread(scales, &out);
@@ -167,24 +173,29 @@ inline Block read(const block_iq4_xs & b) {
 constexpr int COLUMNS = 16;  // computed at once
 constexpr int ROWS = 8;      // that they are multiplied with at once, at most
 
-template <class B>
-constexpr bool HAS_MINIMA = std::is_same_v<B, block_q2_K> || std::is_same_v<B, block_q4_K> || std::is_same_v<B, block_q5_K>;
+template <class B> constexpr bool HAS_MINIMA = false;  // scaled on their own
+template <> constexpr bool HAS_MINIMA<block_q2_K> = true;
+template <> constexpr bool HAS_MINIMA<block_q4_K> = true;
+template <> constexpr bool HAS_MINIMA<block_q5_K> = true;
 
-template <class B>
-constexpr bool FITS_WORDS = !std::is_same_v<B, block_iq4_xs>;  // the sum of four products
+template <class B> constexpr bool FITS_WORDS = true;  // of 16 bits, the sum of four products
+template <> constexpr bool FITS_WORDS<block_iq4_xs> = false;
 
 // 16 sums, which all together are that of 256 products.
 template <class B>
 inline __m512i multiply(const Block & b, const int8_t * values) {
     __m512i four[4], sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         four[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), b.weights[i], _mm512_load_si512(values + 64 * i));
     }
     if constexpr (FITS_WORDS<B>) {
+#pragma GCC unroll 4
         for (int i = 0; i < 2; ++i) {
             sum = _mm512_dpwssd_epi32(sum, _mm512_packs_epi32(four[2 * i], four[2 * i + 1]), b.scales[i]);
         }
     } else {
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(four[i], b.scales[i]));
     }
     return sum;
@@ -204,6 +215,7 @@ inline __m512i sums_of(const int32_t from[COLUMNS][LANES]) {
         }
     };
     __m512i four[4];  // vectors, of which each has four lanes
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) four[i] = halved(two(i, i + 4), two(i + 8, i + 12));
     const auto joined = [](__m512i a, __m512i b) {
         return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -278,7 +290,8 @@ void multiply_columns(const Product & p, int64_t begin, int64_t end) {
         float * out[MANY];
         for (int row = 0; row < p.n; ++row) out[row] = p.out[row] + column;
         for (int row = 0; row < p.n; row += ROWS) {
-            multiply(weights, p.column_size / sizeof(B), n_columns, p.n_blocks, p.rows + row, std::min(p.n - row, ROWS), out + row);
+            const int n = std::min(p.n - row, ROWS);
+            multiply(weights, p.column_size / sizeof(B), n_columns, p.n_blocks, p.rows + row, n, out + row);
         }
     }
 }
@@ -321,8 +334,9 @@ void quantise(const ggml_compute_params * params, const ggml_tensor * rows) {
     const int64_t begin = n_blocks * params->ith / params->nth, end = n_blocks * (params->ith + 1) / params->nth;
     auto * out = static_cast<block_q8_K *>(params->wdata);
     for (int64_t row = 0; row < ggml_nrows(rows); ++row, out += n_blocks) {
-        const int64_t i1 = row % rows->ne[1], i2 = row / rows->ne[1] % rows->ne[2], i3 = row / rows->ne[1] / rows->ne[2];
-        const char * from = static_cast<const char *>(rows->data) + i1 * rows->nb[1] + i2 * rows->nb[2] + i3 * rows->nb[3];
+        const int64_t i1 = row % rows->ne[1], i23 = row / rows->ne[1], i2 = i23 % rows->ne[2], i3 = i23 / rows->ne[2];
+        const size_t at = i1 * rows->nb[1] + i2 * rows->nb[2] + i3 * rows->nb[3];
+        const char * from = static_cast<const char *>(rows->data) + at;
         from_floats(reinterpret_cast<const float *>(from) + begin * QK_K, out + begin, (end - begin) * QK_K);
     }
 }
@@ -344,8 +358,8 @@ extern "C" bool ggml_compute_forward_mul_mat_tiled(const ggml_compute_params * p
          begin = ggml_threadpool_chunk_add(params->threadpool, 1) * share) {
         for (int64_t i3 = 0; i3 < rows->ne[3]; ++i3) {
             for (int64_t i2 = 0; i2 < rows->ne[2]; ++i2) {
-                p.weights = static_cast<const char *>(weights->data) + i2 / (rows->ne[2] / weights->ne[2]) * weights->nb[2] +
-                            i3 / (rows->ne[3] / weights->ne[3]) * weights->nb[3];
+                const int64_t i02 = i2 / (rows->ne[2] / weights->ne[2]), i03 = i3 / (rows->ne[3] / weights->ne[3]);
+                p.weights = static_cast<const char *>(weights->data) + i02 * weights->nb[2] + i03 * weights->nb[3];
                 for (int i1 = 0; i1 < p.n; ++i1) {
                     const int64_t row = (i3 * rows->ne[2] + i2) * p.n + i1;
                     p.rows[i1] = static_cast<const block_q8_K *>(params->wdata) + row * p.n_blocks;
@@ -381,7 +395,7 @@ extern "C" bool ggml_compute_forward_mul_mat_id_tiled(
     return true;
 }
 
-// Asked by repack.cpp, which knows a layout of Q2_K for AVX-512: it is slower than these products, for one row and for many.
+// Asked by repack.cpp, which has a layout of Q2_K for AVX-512: its products are slower than these, for one row and many.
 extern "C" int tea_repacks_q2_K() { return false; }
 
 #else

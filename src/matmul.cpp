@@ -416,6 +416,7 @@ bool multiply_row(const ggml_compute_params * params, int64_t m, int64_t k, cons
         __m512 sums[WEIGHT_ROWS] = {};
         for (int64_t i = 0; i < k; i += STEP) {
             const auto values = load_floats(b + i);
+#pragma GCC unroll 4
             for (int64_t j = 0; j < WEIGHT_ROWS; ++j) {
                 const T * weights = a + (row + j) * lda + i;
                 fetch(weights + WEIGHT_ROWS * lda, 1);
