@@ -175,6 +175,7 @@ cdef class Model:
     cdef GuidedVocab* _guided        # made for the first grammar of llguidance's
     cdef int _pid
     cdef bint _with_mtp
+    cdef list _ends                  # the tokens that end a text, once somebody asked
     cdef readonly str path
     cdef readonly int n_vocab
 
@@ -473,6 +474,30 @@ cdef class Model:
     def is_eog(self, token) -> bool:
         """Whether `token` ends a generation. So does BOS: it begins another document."""
         return ends_text(self._vocab, self._check_tokens([token])[0])
+
+    cdef list _end_tokens(self):
+        """The tokens that end a text. They are looked for in the whole vocabulary, once."""
+        cdef llama_token token
+        if self._ends is None:
+            self._ends = [token for token in range(self.n_vocab) if ends_text(self._vocab, token)]
+        return self._ends
+
+    def fim_token(self, str part not None) -> int | None:
+        """The token that marks a part of an infill prompt: "pre", "suf", "mid", "rep" or "sep"; None: there is none."""
+        cdef llama_token token
+        if part == "pre":
+            token = llama_vocab_fim_pre(self._vocab)
+        elif part == "suf":
+            token = llama_vocab_fim_suf(self._vocab)
+        elif part == "mid":
+            token = llama_vocab_fim_mid(self._vocab)
+        elif part == "rep":
+            token = llama_vocab_fim_rep(self._vocab)
+        elif part == "sep":
+            token = llama_vocab_fim_sep(self._vocab)
+        else:
+            raise errors.BadRequest(f"{part!r} is no part of an infill prompt; give pre, suf, mid, rep or sep")
+        return None if token < 0 else token
 
     def is_control(self, token) -> bool:
         """Whether `token` is a control token, which has no text of its own."""
@@ -1249,18 +1274,33 @@ _GRAMMARS = {  # what each kind is called in an error, and what to do about it
 }
 
 
-cdef class Sampler:
-    """How the next token is chosen, as a chain of llama.cpp's samplers in its own order.
+_SAMPLER_ORDER = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+_SAMPLERS = {*_SAMPLER_ORDER, "infill", "adaptive_p"}
+_GREEDY_BELOW = 1e-6  # a temperature that logits can't be divided by as floats
+_INFILL_TOP_K = 1000  # candidates that the infill sampler compares with each other, each with each
+_MAX_BREAKERS = 64    # of DRY: each is compared with the whole vocabulary
 
-    bias → grammar → penalties → DRY → top-n-sigma → top-k → typical → top-p → min-p → XTC → temperature → draw;
-    temperature 0 takes the likeliest token, mirostat replaces the truncations. Defaults are llama.cpp's
-    (common_params_sampling). Without a `seed` a random one is drawn and reported in `seed`.
+
+cdef inline float _bounded(float x) noexcept:
+    """`x`, or a number that large that it makes no difference where it is infinite as a float."""
+    return min(max(x, <float>-1e30), <float>1e30)
+
+
+cdef class Sampler:
+    """How the next token is chosen, as a chain of llama.cpp's samplers; names and defaults are its common library's.
+
+    bias → `samplers`, in that order → draw. Without `samplers`: penalties, dry, top_n_sigma, top_k, typ_p, top_p, min_p,
+    xtc, temperature. Further there are infill (after a top_k of 1000 at most) and adaptive_p, which draws, wherever it
+    stands, and also if `adaptive_target` is 0 or more. Temperature 0 takes the likeliest token after bias, penalties and
+    dry; mirostat replaces all the others. Without a `seed` a random one is drawn and reported in `seed`.
 
     `grammar` is a Grammar of the same model, or GBNF. `thinking` is (start tag, end tags, what the prompt ends with that
     belongs to the answer, budget in tokens or None): where the text has these tags, the grammar binds what follows
     them, and when the budget is used up the first end tag is forced.
+    `shortcuts` False has llama.cpp do what is otherwise done on the logits themselves, with the same tokens later.
 
-    Raises GrammarError for what is no grammar, BadRequest for a bias on a token that isn't there.
+    Raises GrammarError for what is no grammar, BadRequest for a bias on a token that isn't there and for `samplers` that
+    are none.
     """
 
     # the samplers read the vocabulary
@@ -1271,27 +1311,28 @@ cdef class Sampler:
     cdef readonly uint32_t seed
     cdef int32_t _n_lookback
     cdef bint _constrained       # by a grammar or a bias, which may leave no token
+    cdef bint _shortcuts
     cdef atomic[bool] _busy
 
-    def __init__(self, Model model not None, *, float temperature=0.8, int top_k=40, float top_p=0.95,
-                 float min_p=0.05, float typical_p=1.0, float top_n_sigma=-1.0, float xtc_probability=0.0,
-                 float xtc_threshold=0.1, float dry_multiplier=0.0, float dry_base=1.75, int dry_allowed_length=2,
-                 int dry_penalty_last_n=64, dry_sequence_breakers=("\n", ":", '"', "*"), float repeat_penalty=1.0,
-                 int repeat_last_n=64, float frequency_penalty=0.0, float presence_penalty=0.0, int mirostat=0,
-                 float mirostat_tau=5.0, float mirostat_eta=0.1, logit_bias=None, grammar=None, thinking=None,
-                 seed=None):
+    def __init__(self, Model model not None, *, samplers=None, float temperature=0.8, float dynatemp_range=0.0,
+                 float dynatemp_exponent=1.0, int top_k=40, float top_p=0.95, float min_p=0.05, int min_keep=0,
+                 float typical_p=1.0, float top_n_sigma=-1.0, float xtc_probability=0.0, float xtc_threshold=0.1,
+                 float dry_multiplier=0.0, float dry_base=1.75, int dry_allowed_length=2, int dry_penalty_last_n=64,
+                 dry_sequence_breakers=("\n", ":", '"', "*"), float repeat_penalty=1.0, int repeat_last_n=64,
+                 float frequency_penalty=0.0, float presence_penalty=0.0, float adaptive_target=-1.0,
+                 float adaptive_decay=0.9, int mirostat=0, float mirostat_tau=5.0, float mirostat_eta=0.1,
+                 logit_bias=None, bint ignore_eos=False, grammar=None, thinking=None, seed=None,
+                 bint shortcuts=True):
         if self._chain.samplers != NULL:
             raise errors.EngineError("this Sampler is made already; make a new one")
         model._check()
+        order = _SAMPLER_ORDER if samplers is None else tuple(samplers)
+        self._check_order(order, top_k)
         self.model = model
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if seed is None else seed
+        self._shortcuts = shortcuts
         self._chain.samplers = llama_sampler_chain_init(llama_sampler_chain_default_params())
-        cdef int32_t n_ctx = model.n_ctx_train
-        cdef llama_logit_bias bias
-        for token, value in (logit_bias or {}).items():
-            bias.token = model._check_tokens([token])[0]
-            bias.bias = value
-            self._chain.bias.push_back(bias)
+        self._add_bias(logit_bias or {}, ignore_eos)
         self._constrained = not self._chain.bias.empty() or grammar is not None or thinking is not None
         if grammar is not None:
             self._grammar = grammar if isinstance(grammar, Grammar) else Grammar(model, "gbnf", grammar)
@@ -1299,46 +1340,107 @@ cdef class Sampler:
                 raise errors.BadRequest("the Grammar was made for another Model; make one for this")
         self._thinking = thinking
         self._constrain()
+        cdef int32_t n_ctx = model.n_ctx_train
         if not 0 <= repeat_last_n < n_ctx:
             repeat_last_n = n_ctx
-        if repeat_last_n and (repeat_penalty != 1 or frequency_penalty or presence_penalty):
-            self._add_lookback(repeat_last_n, llama_sampler_init_penalties(
-                model.n_vocab, repeat_last_n, repeat_penalty, frequency_penalty, presence_penalty))
         if not 0 <= dry_penalty_last_n < n_ctx:
             dry_penalty_last_n = n_ctx
-        if dry_multiplier and dry_penalty_last_n:
-            self._add_lookback(dry_penalty_last_n, self._dry(
-                dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers))
-        cdef bint first = llama_sampler_chain_n(self._chain.samplers) == 0
-        if temperature <= 0:
+        cdef bint greedy = temperature < _GREEDY_BELOW
+        cdef bint truncates = not greedy and not mirostat
+        for name in order:
+            if name == "penalties":
+                if repeat_last_n and (repeat_penalty != 1 or frequency_penalty or presence_penalty):
+                    self._add_lookback(repeat_last_n, llama_sampler_init_penalties(
+                        model.n_vocab, repeat_last_n, _bounded(repeat_penalty), _bounded(frequency_penalty),
+                        _bounded(presence_penalty)))
+            elif name == "dry":
+                if dry_multiplier and dry_penalty_last_n:
+                    self._add_lookback(dry_penalty_last_n, self._dry(
+                        _bounded(dry_multiplier), _bounded(dry_base), dry_allowed_length, dry_penalty_last_n,
+                        dry_sequence_breakers))
+            elif not truncates:
+                pass
+            elif name == "top_n_sigma":
+                if top_n_sigma > 0:
+                    self._add(llama_sampler_init_top_n_sigma(_bounded(top_n_sigma)))
+            elif name == "top_k":
+                if top_k > 0:
+                    if top_k < model.n_vocab and self._is_head():
+                        self._chain.head = TOP_K
+                        self._chain.k = top_k
+                    self._add(llama_sampler_init_top_k(top_k))
+            elif name == "typ_p":
+                if typical_p < 1:
+                    self._add(llama_sampler_init_typical(typical_p, min_keep))
+            elif name == "top_p":
+                if top_p < 1:
+                    if min_keep < 2 and self._is_head():
+                        self._chain.head = TOP_P
+                        self._chain.top_p = top_p
+                    self._add(llama_sampler_init_top_p(top_p, min_keep))
+            elif name == "min_p":
+                if min_p > 0:
+                    if min_keep < 2 and self._is_head():
+                        self._chain.head = MIN_P
+                        self._chain.min_p = min_p
+                    elif self._chain.head == TOP_P and llama_sampler_chain_n(self._chain.samplers) == self._chain.n_edits + 1:
+                        self._chain.min_p = min_p
+                    self._add(llama_sampler_init_min_p(min_p, min_keep))
+            elif name == "xtc":
+                if xtc_probability > 0:
+                    self._add(llama_sampler_init_xtc(xtc_probability, xtc_threshold, min_keep, self.seed))
+            elif name == "temperature":
+                self._add(llama_sampler_init_temp_ext(_bounded(temperature), _bounded(dynatemp_range),
+                                                      _bounded(dynatemp_exponent)))
+            elif name == "infill":
+                self._add(llama_sampler_init_infill(model._vocab))
+        self._chain.greedy = greedy and shortcuts
+        if greedy:
             self._add(llama_sampler_init_greedy())
-            self._chain.greedy = first
-            return
-        if mirostat:
-            self._add(llama_sampler_init_temp(temperature))
+        elif mirostat:
+            self._add(llama_sampler_init_temp(_bounded(temperature)))
             if mirostat == 1:
                 self._add(llama_sampler_init_mirostat(model.n_vocab, self.seed, mirostat_tau, mirostat_eta, 100))
             else:
                 self._add(llama_sampler_init_mirostat_v2(self.seed, mirostat_tau, mirostat_eta))
-            return
-        if top_n_sigma > 0:
-            self._add(llama_sampler_init_top_n_sigma(top_n_sigma))
-            first = False
-        if 0 < top_k < model.n_vocab:
-            if first:
-                self._chain.k = top_k  # done before the chain, without the candidate array of the whole vocabulary
-            else:
-                self._add(llama_sampler_init_top_k(top_k))
-        if typical_p < 1:
-            self._add(llama_sampler_init_typical(typical_p, 1))
-        if top_p < 1:
-            self._add(llama_sampler_init_top_p(top_p, 1))
-        if min_p > 0:
-            self._add(llama_sampler_init_min_p(min_p, 1))
-        if xtc_probability > 0:
-            self._add(llama_sampler_init_xtc(xtc_probability, xtc_threshold, 1, self.seed))
-        self._add(llama_sampler_init_temp(temperature))
-        self._add(llama_sampler_init_dist(self.seed))
+        elif adaptive_target >= 0 or "adaptive_p" in order:
+            self._add(llama_sampler_init_adaptive_p(adaptive_target, adaptive_decay, self.seed))
+        else:
+            self._add(llama_sampler_init_dist(self.seed))
+
+    cdef int _check_order(self, order, int top_k) except -1:
+        for i, name in enumerate(order):
+            if name not in _SAMPLERS:
+                raise errors.BadRequest(f"samplers has {name!r}; give {', '.join(sorted(_SAMPLERS))}")
+            if name in order[:i]:
+                raise errors.BadRequest(f"samplers has {name!r} twice; leave one out")
+            if name == "infill" and not ("top_k" in order[:i] and 0 < top_k <= _INFILL_TOP_K):
+                raise errors.BadRequest(
+                    f"samplers has 'infill', which compares all candidates with each other, without a top_k before it of "
+                    f"{_INFILL_TOP_K} at most; put top_k first")
+        return 0
+
+    cdef int _add_bias(self, logit_bias, bint ignore_eos) except -1:
+        cdef llama_logit_bias bias
+        cdef int32_t i, n_suppressed = 0
+        cdef const llama_token* suppressed = llama_vocab_get_suppress_tokens(self.model._vocab, &n_suppressed)
+        for token, value in logit_bias.items():
+            bias.token = self.model._check_tokens([token])[0]
+            bias.bias = value
+            self._chain.bias.push_back(bias)
+        bias.bias = float("-inf")
+        for i in range(n_suppressed):
+            bias.token = suppressed[i]
+            self._chain.bias.push_back(bias)
+        if ignore_eos:
+            for i in self.model._end_tokens():
+                bias.token = i
+                self._chain.bias.push_back(bias)
+        return 0
+
+    cdef bint _is_head(self) noexcept:
+        """Whether the next sampler is the first that looks at all candidates."""
+        return self._shortcuts and llama_sampler_chain_n(self._chain.samplers) == self._chain.n_edits
 
     cdef int _constrain(self) except -1:
         """Hold the text to the grammar from its beginning."""
@@ -1362,22 +1464,30 @@ cdef class Sampler:
         llama_sampler_chain_add(self._chain.samplers, sampler)
 
     cdef void _add_lookback(self, int32_t n, llama_sampler* sampler) noexcept:
+        if self._is_head():
+            self._chain.n_edits += 1
         self._add(sampler)
         self._chain.lookback.push_back(sampler)
         self._n_lookback = max(self._n_lookback, n)
 
     cdef llama_sampler* _dry(self, float multiplier, float base, int allowed_length, int last_n, breakers) except NULL:
         encoded = [_utf8(b, "a DRY sequence breaker") for b in breakers]
+        if len(encoded) > _MAX_BREAKERS:
+            raise errors.BadRequest(
+                f"dry_sequence_breakers has {len(encoded)} texts; give {_MAX_BREAKERS} at most")
         cdef vector[const char*] c_breakers
+        cdef llama_sampler* sampler
         for b in encoded:
             c_breakers.push_back(b)
-        return llama_sampler_init_dry(self.model._vocab, multiplier, base, allowed_length, last_n, c_breakers.data(),
-                                      c_breakers.size())
+        with nogil:
+            sampler = llama_sampler_init_dry(self.model._vocab, multiplier, base, allowed_length, last_n,
+                                             c_breakers.data(), c_breakers.size())
+        return sampler
 
     def reset(self) -> None:
         """Forget what was generated and start the random numbers from `seed` again."""
         self._enter()
-        llama_sampler_reset(self._chain.samplers)
+        self._chain.reset()
         self._constrain()
         self._leave()
 
@@ -1460,6 +1570,7 @@ cdef class Generation:
     It ends with `length` after `max_tokens`, or when it has `n_ctx` tokens (None: as many as the context holds).
     `known` is what `take_state` gave for an earlier text, in whichever process: what the prompt begins with of it is
     not computed again. `save` asks for the state of this one. Of control tokens, those of `markup` are written out.
+    `logprobs` is how many alternatives `take_logprobs` is to give with each token's own; None: it gives nothing.
 
     Raises ContextOverflow when the prompt alone leaves no room.
     """
@@ -1472,7 +1583,7 @@ cdef class Generation:
     cdef int64_t _made_us
 
     def __init__(self, Context context not None, Sampler sampler not None, prompt, *, max_tokens=None, stop=(),
-                 bint stream=False, n_ctx=None, known=None, bint save=False, markup=()):
+                 bint stream=False, n_ctx=None, known=None, bint save=False, markup=(), logprobs=None):
         if self.context is not None:
             raise errors.EngineError("this Generation is made already; make a new one")
         if context.embeddings:
@@ -1502,6 +1613,10 @@ cdef class Generation:
         text.markup = context.model._check_tokens(markup)
         text.stream = stream
         text.save = save
+        if logprobs is not None:
+            if not 0 <= logprobs <= context.model.n_vocab:
+                raise errors.BadRequest(f"logprobs is {logprobs}; give 0 to {context.model.n_vocab}, or None")
+            text.logprobs.reset(new Logprobs(logprobs))
         if known is not None:
             known_tokens, self._known_state = known
             try:
@@ -1604,6 +1719,19 @@ cdef class Generation:
         state = PyBytes_FromStringAndSize(<char*>text.state.data(), text.state.size())
         text.state = vector[uint8_t]()
         return [text.tokens[i] for i in range(text.n_past)], state
+
+    def take_logprobs(self) -> bytes:
+        """Once it has ended: for each token of the text pairs (int32 token, float32 logprob) of its own and of the
+        alternatives, likeliest first; token -1 where there are no more. b"" unless it was made with `logprobs`.
+
+        They are of the model itself, before bias, grammar and samplers. The token that ended the text isn't there, nor
+        are those that a stop string cut off wholly.
+        """
+        cdef Text* text = self._made()
+        if not self.ended or not text.logprobs:
+            return b""
+        cdef const vector[Logprob]* rows = &text.logprobs.get().rows()
+        return PyBytes_FromStringAndSize(<char*>rows.data(), rows.size() * sizeof(Logprob))
 
     cdef str _take_text(self):
         """The text that is ready and was not taken yet. Called by the one thread that has the context."""

@@ -14,6 +14,7 @@
 #include "cell_order.hpp"
 #include "guard.hpp"
 #include "llama.h"
+#include "logprobs.hpp"
 #include "prefix_cache.hpp"
 #include "sampling.hpp"
 #include "speculative.hpp"
@@ -32,6 +33,7 @@ struct Generation : Text {
     int32_t n_lookback = 0;     // tokens at the end of the prompt that the chain wants to see
     TextFilter filter;
     std::vector<llama_token> markup;  // control tokens that are part of the text
+    std::unique_ptr<Logprobs> logprobs;  // null: nobody wants them
     bool stream = false;        // wants each piece of text as it comes
     bool save = false;          // wants its state when it ends by itself
     std::vector<uint8_t> state; // of its first n_past tokens, once it has ended so
@@ -292,7 +294,7 @@ class Batch {
     Finish sample(Generation & text, int32_t row) {
         llama_token token = -1;
         try {
-            token = text.chain->sample(ctx_, row, n_vocab_);
+            token = text.chain->sample(ctx_, row, n_vocab_, text.logprobs.get());
         } catch (const std::exception & e) {  // of this text's samplers; the others go on
             text.fault = e.what();
             return FAULT;
@@ -305,7 +307,11 @@ class Batch {
         text.n_generated.fetch_add(1, std::memory_order_relaxed);
         const auto & markup = text.markup;
         read_piece(vocab_, token, std::find(markup.begin(), markup.end(), token) != markup.end(), piece_);
-        if (text.filter.push(piece_.data(), piece_.size())) return STOP;
+        if (text.logprobs) text.logprobs->keep(piece_.size());
+        if (text.filter.push(piece_.data(), piece_.size())) {
+            if (text.logprobs) text.logprobs->cut(text.filter.n_cut());
+            return STOP;
+        }
         if (text.chain->constraint && text.chain->constraint->has_to_end()) return STOP;
         return text.n_generated >= text.n_max ? LENGTH : RUNNING;
     }

@@ -87,11 +87,29 @@ cdef extern from "thinking.hpp" namespace "tea" nogil:
     void add_thinking(unique_ptr[Constraint]& constraint, const llama_vocab* vocab, const string& start,
                       const vector[string]& ends, const string& begun, int32_t budget, Binds binds) except +raise_fault
 
+cdef extern from "logprobs.hpp" namespace "tea" nogil:
+    struct Logprob:
+        llama_token token
+        float logprob
+    cppclass Logprobs:
+        Logprobs(int32_t n_top) except +
+        const vector[Logprob]& rows()
+
 cdef extern from "sampling.hpp" namespace "tea" nogil:
+    enum Head "tea::Head":
+        NONE "tea::Head::NONE"
+        TOP_K "tea::Head::TOP_K"
+        TOP_P "tea::Head::TOP_P"
+        MIN_P "tea::Head::MIN_P"
     cppclass Chain:
         llama_sampler* samplers
+        int32_t n_edits
         bool greedy
+        Head head
         int32_t k
+        float top_p
+        float min_p
+        void reset()
         vector[llama_logit_bias] bias
         unique_ptr[Constraint] constraint
         vector[llama_sampler*] lookback
@@ -138,6 +156,7 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         int32_t n_lookback
         TextFilter filter
         vector[llama_token] markup
+        unique_ptr[Logprobs] logprobs
         bool stream
         bool save
         vector[uint8_t] state
@@ -343,6 +362,12 @@ cdef extern from "llama.h" nogil:
     void llama_memory_clear(llama_memory_t mem, bool data)
     float* llama_get_embeddings_seq(llama_context* ctx, llama_seq_id seq_id)
     bool llama_vocab_is_control(const llama_vocab* vocab, llama_token token)
+    const llama_token* llama_vocab_get_suppress_tokens(const llama_vocab* vocab, int32_t* n_suppress_tokens)
+    llama_token llama_vocab_fim_pre(const llama_vocab* vocab)
+    llama_token llama_vocab_fim_suf(const llama_vocab* vocab)
+    llama_token llama_vocab_fim_mid(const llama_vocab* vocab)
+    llama_token llama_vocab_fim_rep(const llama_vocab* vocab)
+    llama_token llama_vocab_fim_sep(const llama_vocab* vocab)
     llama_token llama_vocab_bos(const llama_vocab* vocab)
     llama_token llama_vocab_eos(const llama_vocab* vocab)
     llama_token llama_vocab_eot(const llama_vocab* vocab)
@@ -350,7 +375,6 @@ cdef extern from "llama.h" nogil:
     llama_sampler* llama_sampler_chain_init(llama_sampler_chain_params params)
     void llama_sampler_chain_add(llama_sampler* chain, llama_sampler* sampler)
     int32_t llama_sampler_chain_n(const llama_sampler* chain)
-    void llama_sampler_reset(llama_sampler* sampler)
     llama_sampler* llama_sampler_init_greedy()
     llama_sampler* llama_sampler_init_dist(uint32_t seed)
     llama_sampler* llama_sampler_init_top_k(int32_t k)
@@ -358,6 +382,7 @@ cdef extern from "llama.h" nogil:
     llama_sampler* llama_sampler_init_min_p(float p, size_t min_keep)
     llama_sampler* llama_sampler_init_typical(float p, size_t min_keep)
     llama_sampler* llama_sampler_init_temp(float t)
+    llama_sampler* llama_sampler_init_temp_ext(float t, float delta, float exponent)
     llama_sampler* llama_sampler_init_xtc(float p, float t, size_t min_keep, uint32_t seed)
     llama_sampler* llama_sampler_init_top_n_sigma(float n)
     llama_sampler* llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
@@ -367,5 +392,6 @@ cdef extern from "llama.h" nogil:
     llama_sampler* llama_sampler_init_dry(const llama_vocab* vocab, float dry_multiplier, float dry_base,
                                           int32_t dry_allowed_length, int32_t dry_penalty_last_n,
                                           const char** seq_breakers, size_t num_breakers)
-    llama_sampler* llama_sampler_init_logit_bias(int32_t n_vocab, int32_t n_logit_bias, const llama_logit_bias* bias)
+    llama_sampler* llama_sampler_init_adaptive_p(float target, float decay, uint32_t seed)
+    llama_sampler* llama_sampler_init_infill(const llama_vocab* vocab)
     const char* llama_print_system_info()

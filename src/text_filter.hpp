@@ -35,6 +35,7 @@ class TextFilter {
         size_t first = std::string::npos;
         for (const auto & stop : stops_) first = std::min(first, held_.find(stop));
         if (first != std::string::npos) {
+            n_cut_ = held_.size() - first;
             held_.resize(first);
             flush();
             return true;
@@ -50,6 +51,9 @@ class TextFilter {
         ready_ += held_;
         held_.clear();
     }
+
+    // Bytes of the stop string and what came behind it.
+    size_t n_cut() const { return n_cut_; }
 
     bool has_ready() const { return !ready_.empty(); }
     const std::string & ready() const { return ready_; }
@@ -80,6 +84,7 @@ class TextFilter {
     std::vector<std::string> stops_;
     std::string held_;   // not yet decided
     std::string ready_;  // to be handed out
+    size_t n_cut_ = 0;
 };
 
 }  // namespace tea

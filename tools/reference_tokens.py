@@ -13,6 +13,7 @@ import json
 import sys
 
 import llama_cpp as llama
+import numpy as np
 
 PROMPT = "Once upon a time, Lily and Lily and Lily"
 N_TOKENS = 32
@@ -68,6 +69,29 @@ CASES = {
     "grammar": ({**OFF, "grammar": GRAMMAR}, [("grammar", GRAMMAR), *DRAW]),
     "grammar, greedy": ({"temperature": 0.0, "grammar": GRAMMAR}, [("grammar", GRAMMAR), ("greedy",)]),
     "our defaults": ({}, [("top_k", 40), ("top_p", 0.95, 1), ("min_p", 0.05, 1), ("temp", 0.8), ("dist", SEED)]),
+    "dynatemp": (
+        {**OFF, "top_k": 40, "temperature": 0.9, "dynatemp_range": 0.6, "dynatemp_exponent": 2.0},
+        [("top_k", 40), ("temp_ext", 0.9, 0.6, 2.0), ("dist", SEED)],
+    ),
+    "adaptive_p": (
+        {**OFF, "min_p": 0.01, "adaptive_target": 0.3, "adaptive_decay": 0.8},
+        [("min_p", 0.01, 1), ("temp", 1.0), ("adaptive_p", 0.3, 0.8, SEED)],
+    ),
+    "min_keep": ({**OFF, "top_p": 0.1, "min_p": 0.9, "min_keep": 4}, [("top_p", 0.1, 4), ("min_p", 0.9, 4), *DRAW]),
+    "infill": (
+        {**OFF, "samplers": ["top_k", "top_p", "infill"], "top_k": 40, "top_p": 0.99},
+        [("top_k", 40), ("top_p", 0.99, 1), ("infill",), *DRAW],
+    ),
+    "samplers in another order": (
+        {"samplers": ["temperature", "min_p", "penalties", "top_p"], "temperature": 3.0, "min_p": 0.1, "top_p": 0.7,
+         "repeat_penalty": 1.5},
+        [("temp", 3.0), ("min_p", 0.1, 1), ("penalties", 64, 1.5, 0.0, 0.0), ("top_p", 0.7, 1), ("dist", SEED)],
+    ),
+    "samplers that begin with the mass": (
+        {"samplers": ["top_p", "min_p", "temperature"], "top_p": 0.8, "min_p": 0.02, "temperature": 1.7},
+        [("top_p", 0.8, 1), ("min_p", 0.02, 1), ("temp", 1.7), ("dist", SEED)],
+    ),
+    "no samplers": ({"samplers": [], "seed": 8}, [("dist", 8)]),
     "all at once": (
         {
             "temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "top_n_sigma": 4.0,
@@ -81,6 +105,8 @@ CASES = {
         ],
     ),
 }  # fmt: skip
+WITH_LOGPROBS = ("temperature", "all at once")
+N_TOP = 5
 LOOKBACK = ("penalties", "dry")  # they also look at the prompt
 
 
@@ -93,6 +119,8 @@ def _sampler(vocab, name, *args):
         return llama.llama_sampler_init_grammar(vocab, args[0].encode(), b"root")
     if name == "penalties":
         return llama.llama_sampler_init_penalties(n_vocab, *args)
+    if name == "infill":
+        return llama.llama_sampler_init_infill(vocab)
     if name == "mirostat":
         return llama.llama_sampler_init_mirostat(n_vocab, *args, 100)
     if name == "logit_bias":
@@ -133,10 +161,13 @@ def _tokens(model, vocab, prompt, chain):
             for token in prompt:
                 llama.llama_sampler_accept(sampler, token)
     drawn: list[int] = []
+    told = []
     batch = (llama.llama_token * len(prompt))(*prompt)
     while len(drawn) < N_TOKENS:
         if llama.llama_decode(ctx, llama.llama_batch_get_one(batch, len(batch))):
             sys.exit("llama_decode failed")
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(ctx, -1), (llama.llama_vocab_n_tokens(vocab),))
+        told.append(_log_softmax(logits))
         token = _drawn(ctx, vocab, samplers)
         if grammar is not None and not _allows(grammar, token):
             token = _drawn(ctx, vocab, samplers, grammar)
@@ -148,7 +179,22 @@ def _tokens(model, vocab, prompt, chain):
         batch = (llama.llama_token * 1)(token)
     llama.llama_sampler_free(samplers)
     llama.llama_free(ctx)
-    return drawn
+    return drawn, told
+
+
+def _log_softmax(logits):
+    logits = logits.astype(np.float64)
+    above = logits - logits.max()
+    return above - np.log(np.exp(above).sum())
+
+
+def _rows(tokens, told):
+    """Of each token its own log-probability, and the likeliest tokens in its place with theirs."""
+    rows = []
+    for token, logprobs in zip(tokens, told, strict=False):
+        top = [(int(t), round(float(logprobs[t]), 7)) for t in np.argsort(-logprobs, kind="stable")[:N_TOP]]
+        rows.append([round(float(logprobs[token]), 7), top])
+    return rows
 
 
 def main(path: str) -> None:
@@ -163,7 +209,10 @@ def main(path: str) -> None:
     prompt = buffer[: llama.llama_tokenize(vocab, text, len(text), buffer, 256, True, False)]
     cases = {}
     for name, (options, chain) in CASES.items():
-        cases[name] = {"options": {"seed": SEED, **options}, "tokens": _tokens(model, vocab, prompt, chain)}
+        tokens, told = _tokens(model, vocab, prompt, chain)
+        cases[name] = {"options": {"seed": SEED, **options}, "tokens": tokens}
+        if name in WITH_LOGPROBS:
+            cases[name]["logprobs"] = _rows(tokens, told)
     rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     print(f'{{\n  "made_by": "tools/reference_tokens.py, llama-cpp-python {llama.__version__}",')
     print(f'  "model": "stories260K-f32.gguf",\n  "prompt": {json.dumps(PROMPT)},\n  "n_tokens": {N_TOKENS},')

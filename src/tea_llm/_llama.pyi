@@ -120,6 +120,7 @@ class Model:
     @property
     def add_bos(self) -> bool: ...
     def is_eog(self, token: int) -> bool: ...
+    def fim_token(self, part: str) -> int | None: ...
     def is_control(self, token: int) -> bool: ...
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
     def tokenize_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]: ...
@@ -245,10 +246,14 @@ class Sampler:
         self,
         model: Model,
         *,
+        samplers: Iterable[str] | None = None,
         temperature: float = 0.8,
+        dynatemp_range: float = 0.0,
+        dynatemp_exponent: float = 1.0,
         top_k: int = 40,
         top_p: float = 0.95,
         min_p: float = 0.05,
+        min_keep: int = 0,
         typical_p: float = 1.0,
         top_n_sigma: float = -1.0,
         xtc_probability: float = 0.0,
@@ -262,13 +267,17 @@ class Sampler:
         repeat_last_n: int = 64,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
+        adaptive_target: float = -1.0,
+        adaptive_decay: float = 0.9,
         mirostat: int = 0,
         mirostat_tau: float = 5.0,
         mirostat_eta: float = 0.1,
         logit_bias: Mapping[int, float] | None = None,
+        ignore_eos: bool = False,
         grammar: Grammar | str | None = None,
         thinking: tuple[str, Sequence[str], str, int | None] | None = None,
         seed: int | None = None,
+        shortcuts: bool = True,
     ) -> None: ...
     @property
     def model(self) -> Model: ...
@@ -291,6 +300,7 @@ class Generation:
         known: tuple[Sequence[int], bytes] | None = None,
         save: bool = False,
         markup: Sequence[int] = (),
+        logprobs: int | None = None,
     ) -> None: ...
     @property
     def context(self) -> Context: ...
@@ -319,5 +329,6 @@ class Generation:
     @property
     def generation_s(self) -> float: ...
     def cancel(self) -> None: ...
+    def take_logprobs(self) -> bytes: ...
     def take_state(self) -> tuple[list[int], bytes] | None: ...
     def run(self, *, stream: bool = False) -> str | None: ...
