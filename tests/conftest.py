@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,18 +56,25 @@ def shared_models() -> Path:
 @pytest.fixture(scope="session")
 def llama_server(shared_models: Path) -> Iterator[str]:
     """The base address (…/v1) of llama.cpp's own server, on the small chat model, in a process of its own."""
+    with serving(shared_models / "stories260K-chat-q8_0.gguf") as address:
+        yield f"{address}/v1"
+
+
+@contextmanager
+def serving(model: Path, n_ctx: int = 512, n_batch: int = 2048, n_parallel: int = 1) -> Iterator[str]:
+    """The address of a llama-server on `model`."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed; it starts the llama-server that these tests talk to")
     program = Path(__file__).with_name("llama_server.py")
-    model = shared_models / "stories260K-chat-q8_0.gguf"
+    command = [sys.executable, program, model, str(n_ctx), str(n_batch), str(n_parallel)]
     with subprocess.Popen(
-        [sys.executable, program, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         address = process.stdout.readline().decode().strip()
         assert address.startswith("http"), f"llama-server did not start on {model}"
-        yield f"{address}/v1"
+        yield address
         process.stdin.close()  # its end
 
 

@@ -12,7 +12,7 @@ import xllamacpp
 
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
-params.n_ctx = 512
+params.n_ctx, params.n_batch, params.n_parallel = map(int, sys.argv[2:5])
 params.port = 0
 params.embedding = True
 params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN

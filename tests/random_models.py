@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ def with_trained_context(model: Path, n_ctx: int, copy: Path) -> Path:
 
 def write_random(
     arch: str, path: Path, *, n_ctx: int = 1024, n_window: int = 16, n_embd: int = _N_EMBD,
-    quantised: str | None = None, template: str | None = None,
+    quantised: str | None = None, template: str | None = None, infill: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """A model of `arch`, tiny and always the same.
 
     "gpt2" (learned positions), "gemma2" (sliding window, on every other layer), "mamba" (recurrent), and two that bring
     their own draft layer (MTP): "glm4moe" (attention only), "qwen35" (a recurrent layer, then attention). `quantised`:
     the type of what batches are multiplied with, as "Q4_0"; K types want an `n_embd` of 256. `template`: its chat
-    template.
+    template. `infill`: the parts of an infill prompt that it has tokens for, "pre", "suf", "mid", "rep", "sep".
     """
     gguf = pytest.importorskip("gguf", reason="gguf writes the random models")
     np = pytest.importorskip("numpy")
@@ -57,6 +57,8 @@ def write_random(
     writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words])
     writer.add_token_scores([0.0] * N_VOCAB)
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    for i, part in enumerate(infill):
+        writer.add_uint32(f"tokenizer.ggml.fim_{part}_token_id", N_VOCAB - 1 - i)
     if template is not None:
         writer.add_chat_template(template)
     if arch == "gemma2":

@@ -123,10 +123,18 @@ def test_every_sampling_field_has_an_api_name() -> None:
     assert set(BODY_FIELDS) == sampling
 
 
+NO_ONE: dict[str, Any] = {  # values of the fields that don't take a 1
+    "dry_sequence_breakers": ["\n"],
+    "grammar": 'root ::= "a"',
+    "samplers": ["top_k", "min_p"],
+    "ignore_eos": True,
+    "adaptive_decay": 0.5,
+}
+
+
 @pytest.mark.parametrize("name", sorted(BODY_FIELDS))
 def test_a_sampling_field_is_sent_under_its_api_name(server: ApiServer, backend: ApiLlmBackend, name: str) -> None:
-    values = {"logit_bias": {15: -1.5}, "dry_sequence_breakers": ["\n"], "grammar": 'root ::= "a"'}
-    value = values.get(name, 1)
+    value = ({"logit_bias": {15: -1.5}} | NO_ONE).get(name, 1)
     backend.call(LlmCallParams("a", model="m", **{name: value}))
     sent = server.seen[0].body[BODY_FIELDS[name].name]
     assert sent == ({"15": -1.5} if name == "logit_bias" else value)
@@ -137,9 +145,8 @@ def test_a_field_that_azure_has_not_is_refused_by_name(
     server: ApiServer, open_backend: Callable[..., ApiLlmBackend], name: str
 ) -> None:
     azure = open_backend(server.address, provider="azure", deployment="d")
-    values = {"dry_sequence_breakers": ["\n"], "grammar": 'root ::= "a"'}
     with pytest.raises(BadRequest, match=rf"^{name} is set"):
-        azure.call(LlmCallParams("a", **{name: values.get(name, 1)}))
+        azure.call(LlmCallParams("a", **{name: NO_ONE.get(name, 1)}))
     assert server.seen == []
 
 

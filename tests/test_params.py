@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tea_llm import BadRequest, LlmCallParams
-from tea_llm.params import UNSET
+from tea_llm.params import UNSET, sampler_order
 
 
 def test_a_request_holds_what_it_was_given() -> None:
@@ -64,6 +64,26 @@ def test_stop_is_a_string_or_some_strings(stop: Any, stops: tuple[str, ...]) -> 
         ("messages", []),
         ("messages", "Hello"),
         ("messages", [3]),
+        ("samplers", 3),
+        ("samplers", [3]),
+        ("samplers", ["top_q"]),
+        ("samplers", "kq"),
+        ("samplers", ["top_k", "top-k"]),
+        ("n", 0),
+        ("n", 10**9),
+        ("n", None),
+        ("n", True),
+        ("logprobs", 1),
+        ("top_logprobs", 21),
+        ("top_logprobs", 3),
+        ("ignore_eos", 1),
+        ("suffix", 3),
+        ("input_extra", [{"text": "a"}]),
+        ("input_extra", [3]),
+        ("input_extra", [{"filename": "a"}]),
+        ("min_keep", -1),
+        ("adaptive_decay", 1.0),
+        ("dynatemp_range", float("nan")),
         ("model", 3),
         ("model", ["a"]),
         ("grammar", 3),
@@ -92,6 +112,36 @@ def test_stop_is_a_string_or_some_strings(stop: Any, stops: tuple[str, ...]) -> 
 def test_a_value_of_another_kind_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(BadRequest, match=name):
         LlmCallParams(**{"prompt": "Once", name: value})
+
+
+@pytest.mark.parametrize(
+    ("samplers", "order"),
+    [
+        (None, None),
+        ([], ()),
+        ("", ()),
+        ("edskypmxt", ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")),
+        (["Top-K", "minp", "nucleus", "typical_p", "temp", "adaptive-p"],
+         ("top_k", "min_p", "top_p", "typ_p", "temperature", "adaptive_p")),
+    ],
+)  # fmt: skip
+def test_samplers_have_llama_cpps_names_and_letters(samplers: Any, order: Any) -> None:
+    assert sampler_order(LlmCallParams("x", samplers=samplers).samplers) == order
+
+
+def test_an_unknown_sampler_names_the_nearest() -> None:
+    with pytest.raises(BadRequest, match="did you mean 'temperature'"):
+        LlmCallParams("x", samplers=["temprature"])
+
+
+def test_fields_that_exclude_each_other_are_refused() -> None:
+    for more in (
+        {"suffix": "b", "messages": [{"role": "user", "content": "a"}]},
+        {"n": 2, "session": "file"},
+        {"input_extra": [{"text": "a"}]},
+    ):
+        with pytest.raises(BadRequest):
+            LlmCallParams("a", **more)
 
 
 @pytest.mark.parametrize("name", ["dry_sequence_breakers", "logit_bias"])

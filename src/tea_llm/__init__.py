@@ -42,7 +42,17 @@ if TYPE_CHECKING:
     )
     from .local import LocalLlmBackend
     from .models import get_model_info, resolve_model_path
-    from .params import Delta, LlmCallParams, LlmCallResult, LlmEmbedResult, Timings, Usage
+    from .params import (
+        Completion,
+        Delta,
+        LlmCallParams,
+        LlmCallResult,
+        LlmEmbedResult,
+        Timings,
+        TokenLogprob,
+        TopLogprob,
+        Usage,
+    )
     from .stream import TextStream
     from .tools import ToolCall
     from .workflow import run_workflow
@@ -60,7 +70,10 @@ _ROOMS = {
     ),
     "local": ("LocalLlmBackend",),
     "models": ("get_model_info", "resolve_model_path"),
-    "params": ("Delta", "LlmCallParams", "LlmCallResult", "LlmEmbedResult", "Timings", "Usage"),
+    "params": (
+        "Completion", "Delta", "LlmCallParams", "LlmCallResult", "LlmEmbedResult", "Timings", "TokenLogprob",
+        "TopLogprob", "Usage",
+    ),
     "stream": ("TextStream",),
     "tools": ("ToolCall",),
     "workflow": ("run_workflow",),
@@ -69,11 +82,11 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "ApiConnectionError", "ApiError", "ApiLlmBackend", "ApiResponseError", "ApiStatusError", "ApiTimeout",
-    "BackendPool", "BadRequest", "Cancelled", "ContextOverflow", "DeadlineExceeded", "Delta", "EngineBusy",
-    "EngineClosed", "EngineError", "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError", "LlmBackend",
-    "LlmCallParams", "LlmCallResult", "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError", "ModelLoadError",
-    "ModelNotFound", "OutOfMemory", "SessionError", "SettingsError", "StreamError", "TextStream", "Timings", "ToolCall",
-    "Usage", "WorkflowError",
+    "BackendPool", "BadRequest", "Cancelled", "Completion", "ContextOverflow", "DeadlineExceeded", "Delta",
+    "EngineBusy", "EngineClosed", "EngineError", "EngineFault", "ExtensionMissing", "FallbackError", "GrammarError",
+    "LlmBackend", "LlmCallParams", "LlmCallResult", "LlmEmbedResult", "LlmError", "LocalLlmBackend", "ModelError",
+    "ModelLoadError", "ModelNotFound", "OutOfMemory", "SessionError", "SettingsError", "StreamError", "TextStream",
+    "Timings", "TokenLogprob", "ToolCall", "TopLogprob", "Usage", "WorkflowError",
     "__tea_actions__",
     "create_llm_backend", "format_chat_prompt", "get_model_info", "register_actions", "resolve_model_path",
     "run_workflow",

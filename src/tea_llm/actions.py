@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from .backend import BackendPool, LlmBackend, RequestBackend, rendered_llm
 from .errors import ApiError, BadRequest, FallbackError, LlmError
-from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message
+from .params import Completion, LlmCallParams, LlmCallResult, LlmEmbedResult, Message
 from .settings import LlmSettings
 from .tools import ToolCall, check_arguments, function_tool
 
@@ -487,7 +487,20 @@ def _as_dict(result: LlmCallResult) -> dict[str, Any]:
         answer["reasoning"] = result.reasoning
     if result.tool_calls:
         answer["tool_calls"] = [dict(call) for call in result.tool_calls]
+    answer |= _logprobs_of(result)
+    if result.completions:
+        answer["completions"] = [
+            {"content": c.content, "finish_reason": c.finish_reason, "seed": c.seed, **_logprobs_of(c)}
+            for c in result.completions
+        ]
     return answer
+
+
+def _logprobs_of(text: LlmCallResult | Completion) -> dict[str, Any]:
+    """The log-probabilities of a text, in the form of the OpenAI API."""
+    if text.logprobs is None:
+        return {}
+    return {"logprobs": {"content": [token.as_dict() for token in text.logprobs]}}
 
 
 def _origin(result: LlmCallResult | LlmEmbedResult) -> dict[str, Any]:

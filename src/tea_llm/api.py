@@ -357,10 +357,13 @@ class ApiLlmBackend(RequestBackend):
             deployment = endpoint.deployment if endpoint.provider == "azure" else None
             model = await self._model(asking, "chat", deployment, params.model, self._settings.model)
             body = chat_body(params, model, stream=stream.in_chunks, own=is_own(endpoint))
-            request = asking.request("POST", url_of(endpoint, "chat/completions", model), body)
+            path = "chat/completions" if params.suffix is None else "completions"
+            request = asking.request("POST", url_of(endpoint, path, model), body)
             async with aclosing(asking.answer(request, model, stream)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, LlmCallResult):
+                        if len(piece.completions or (piece,)) != params.n:
+                            logger.warning("%s: n is %d, and the server didn't keep to it", request, params.n)
                         piece = with_parsed(params, self._signed(piece, endpoint, effort))
                     yield piece
 

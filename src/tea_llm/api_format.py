@@ -15,7 +15,17 @@ from urllib.parse import quote, urlsplit
 
 from .constraint import json_schema_of
 from .errors import BadRequest, SettingsError
-from .params import Delta, LlmCallParams, LlmCallResult, Usage, check_timeout_s
+from .params import (
+    Completion,
+    Delta,
+    LlmCallParams,
+    LlmCallResult,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    check_timeout_s,
+    sampler_order,
+)
 from .settings import ApiEndpoint, LlmSettings
 from .tools import GrowingCalls
 
@@ -69,6 +79,13 @@ BODY_FIELDS: Final[Mapping[str, BodyField]] = {
     "presence_penalty": BodyField("presence_penalty", openai=True, off=0.0),
     "logit_bias": BodyField("logit_bias", openai=True),
     # llama.cpp, tools/server/README.md; vLLM and Ollama know some of them
+    "samplers": BodyField("samplers"),
+    "dynatemp_range": BodyField("dynatemp_range", off=0.0),
+    "dynatemp_exponent": BodyField("dynatemp_exponent"),
+    "min_keep": BodyField("min_keep", off=0),
+    "adaptive_target": BodyField("adaptive_target", off=-1.0),
+    "adaptive_decay": BodyField("adaptive_decay"),
+    "ignore_eos": BodyField("ignore_eos", off=False),
     "top_k": BodyField("top_k", off=0),
     "min_p": BodyField("min_p", off=0.0),
     "typical_p": BodyField("typical_p", off=1.0),
@@ -194,12 +211,23 @@ def is_own(endpoint: ApiEndpoint) -> bool:
 
 
 def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> dict[str, Any]:
-    """The body of a chat completion. Raises BadRequest for a field that OpenAI or Azure (`own`) don't know."""
+    """The body of a chat completion; with a `suffix` of a completion.
+
+    Raises BadRequest for a field that OpenAI or Azure (`own`) don't know."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [dict(m) for m in params.messages or ({"role": "user", "content": params.prompt},)],
         "temperature": params.temperature,
     }
+    if params.suffix is not None:
+        body |= _infill(params)
+        del body["messages"]
+    if params.n > 1:
+        body["n"] = params.n
+    if params.logprobs:
+        body["logprobs"] = True
+    if params.top_logprobs:  # 0 is left out: llama-server would give no logprobs at all
+        body["top_logprobs"] = params.top_logprobs
     if params.max_tokens is not None:
         body["max_tokens"] = params.max_tokens
     if params.stops:
@@ -222,6 +250,9 @@ def chat_body(params: LlmCallParams, model: str, *, stream: bool, own: bool) -> 
             raise _unknown(name)
         if value is None:
             value = row.off
+        if name == "samplers":
+            order = sampler_order(value)
+            value = None if order is None else list(order)
         if name == "logit_bias" and value is not None:
             value = {str(token): bias for token, bias in value.items()}
         if value is not None:
@@ -271,6 +302,14 @@ def _reasoning_body(params: LlmCallParams, template_kwargs: Mapping[str, Any], *
             )
         body["thinking_budget_tokens"] = params.reasoning_budget
     return body
+
+
+def _infill(params: LlmCallParams) -> dict[str, Any]:
+    """What a text between two others is asked for with. Raises BadRequest for what no API has beside it."""
+    for name in ("input_extra", "logprobs"):
+        if getattr(params, name):
+            raise BadRequest(f"{name} is set with suffix, and no API has both; leave it out, or use backend: local")
+    return {"prompt": params.prompt, "suffix": params.suffix}
 
 
 def extra_body(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,6 +374,8 @@ class Answer:
         self._thoughts: list[str] = []
         self._calls = GrowingCalls()
         self._usage: Usage | None = None
+        self._logprobs: list[TokenLogprob] | None = None
+        self._others: dict[int, Answer] = {}  # the texts after the first, where several were asked for
 
     @property
     def content(self) -> str:
@@ -349,27 +390,50 @@ class Answer:
         self.model = reply.get("model") or self.model
         if usage := reply.get("usage"):
             self._usage = usage_of(usage)
+        said: str | Delta | None = None
         for choice in reply.get("choices") or ():  # an event that only counts usage has none
-            if choice.get("index", 0) == 0:
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
-                return self._said(choice.get("delta") or choice.get("message") or {})
-        return None
+            index = choice.get("index", 0)
+            if index == 0:
+                said = self._take(choice)
+            else:
+                self._others.setdefault(index, Answer(self.model))._take(choice)
+        return said
 
     def result(self, finish_reason: str | None = None) -> LlmCallResult:
         """What was said, with `finish_reason` in place of the server's."""
+        first = self._completion(finish_reason)
+        others = [self._others[index]._completion() for index in sorted(self._others)]
+        return LlmCallResult(
+            first.content,
+            self.model,
+            tokens_used=self._usage.total_tokens if self._usage else None,
+            finish_reason=first.finish_reason,
+            usage=self._usage,
+            tool_calls=first.tool_calls,
+            reasoning=first.reasoning,
+            logprobs=first.logprobs,
+            completions=(first, *others) if others else (),
+        )
+
+    def _completion(self, finish_reason: str | None = None) -> Completion:
         reason = finish_reason or self.finish_reason
         calls = self._calls.calls(cut=reason in ("length", "cancelled"))
         if calls and reason == "stop":  # of some servers, and of OpenAI's where a tool was named
             reason = "tool_calls"
-        return LlmCallResult(
+        return Completion(
             self.content,
-            self.model,
-            tokens_used=self._usage.total_tokens if self._usage else None,
-            finish_reason=reason,
-            usage=self._usage,
-            tool_calls=calls,
+            reason,
             reasoning="".join(self._thoughts) or None,
+            tool_calls=calls,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
+
+    def _take(self, choice: Mapping[str, Any]) -> str | Delta | None:
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        told = (choice.get("logprobs") or {}).get("content")
+        if told is not None:
+            self._logprobs = [*(self._logprobs or ()), *map(_token_logprob, told)]
+        return self._said(choice.get("delta") or choice.get("message") or {"content": choice.get("text")})
 
     def _said(self, message: Mapping[str, Any]) -> str | Delta | None:
         calls = [self._calls.add(piece) for piece in message.get("tool_calls") or ()]
@@ -385,6 +449,17 @@ class Answer:
         if thought:
             self._thoughts.append(thought)
         return Delta(content, thought, tuple(calls))
+
+
+def _top_logprob(told: Mapping[str, Any]) -> TopLogprob:
+    token, exact = str(told["token"]), told.get("bytes")
+    return TopLogprob(token, token.encode() if exact is None else bytes(exact), float(told["logprob"]))
+
+
+def _token_logprob(told: Mapping[str, Any]) -> TokenLogprob:
+    token = _top_logprob(told)
+    top = tuple(map(_top_logprob, told.get("top_logprobs") or ()))
+    return TokenLogprob(token.token, token.bytes, token.logprob, top)
 
 
 def usage_of(usage: Mapping[str, Any]) -> Usage:

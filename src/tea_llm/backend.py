@@ -177,6 +177,8 @@ class RequestBackend(LlmBackend):
 
     def _stream(self, params: LlmCallParams, on_chunk: ChunkCallback | None = None, *, in_chunks: bool) -> TextStream:
         _check_request(params, on_chunk)
+        if in_chunks and params.n > 1:
+            raise BadRequest(f"n is {params.n}, and a stream is one text; use call, or a stream for each")
         return TextStream(lambda stream: self.written(params, stream), in_chunks=in_chunks)
 
     def call(self, params: LlmCallParams) -> LlmCallResult:

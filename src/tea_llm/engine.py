@@ -43,7 +43,7 @@ from .ticket import Ticket, hand_out
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["EmbedRequest", "Embedded", "Engine", "EngineOptions", "Generated", "TextRequest"]
+__all__ = ["EmbedRequest", "Embedded", "Engine", "EngineOptions", "Generated", "Infill", "TextRequest"]
 
 logger = logging.getLogger("tea_llm")
 
@@ -89,12 +89,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Infill:
+    """What a text leads to, and other files to know: mappings with a `text` and a `filename`."""
+
+    suffix: str
+    files: Sequence[Mapping[str, str]] = ()
+
+
+@dataclass(frozen=True)
 class TextRequest:
     """A prompt to continue, as text or in tokens. `sampling` holds keyword arguments of `_llama.Sampler`.
 
     `stream`: a chunk per token. What the prompt has in common with the `known` session is not computed again; `save`:
     it becomes a session itself. Control tokens of the texts in `markup` are part of the answer; of others nothing is
     seen.
+    With `infill` the prompt is what comes before the text. `logprobs`: so many alternatives to each token are wanted.
     """
 
     prompt: str | Sequence[int]
@@ -107,11 +116,15 @@ class TextRequest:
     known: Session | None = None
     save: bool = False
     markup: Sequence[str] = ()
+    infill: Infill | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Generated:
     """How a `TextRequest` ended; its text was handed out as chunks.
+
+    `logprobs` are as `_llama.Generation.take_logprobs` gives them.
 
     `session` is None unless it was to be saved and the text ended by itself; and where memory didn't hold it.
     """
@@ -120,6 +133,7 @@ class Generated:
     usage: Usage
     timings: Timings
     session: Session | None = None
+    logprobs: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -279,10 +293,7 @@ class Engine:
         ticket: Ticket[Generated] = Ticket(timeout_s, queue_timeout_s, loop)
         queued_at = time.monotonic()
         model = self.model
-        prompt = request.prompt
-        tokens = model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
-        if request.truncate and len(tokens) >= self.n_ctx:
-            tokens = _cut(tokens, self.n_ctx, request.max_tokens, keep_first=model.add_bos)
+        tokens = self._prompt_tokens(request)
         sampler = _llama.Sampler(model, **request.sampling, grammar=self._grammar(model, request.constraint))
         job = _TextJob(request, tokens, sampler, ticket, queued_at)
         precedence = (-priority, queued_at + len(tokens) * _PROMPT_TOKEN_S)
@@ -296,6 +307,17 @@ class Engine:
             ticket.cancel_by(self._drop_cancelled, begun=has_place)
             self._interrupt()
         return ticket
+
+    def _prompt_tokens(self, request: TextRequest) -> list[int]:
+        model = self.model
+        if request.infill is not None:
+            n_max = max(self.n_ctx - (request.max_tokens or 1), self.n_ctx // 2, 1) if request.truncate else None
+            return _infill_tokens(model, str(request.prompt), request.infill, n_max)
+        prompt = request.prompt
+        tokens = model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
+        if request.truncate and len(tokens) >= self.n_ctx:
+            tokens = _cut(tokens, self.n_ctx, request.max_tokens, keep_first=model.add_bos)
+        return tokens
 
     def _grammar(self, model: _llama.Model, constraint: Constraint | None) -> _llama.Grammar | None:
         """What holds a text to `constraint`. The last ones are kept: to read one may take as long as a short answer."""
@@ -408,6 +430,7 @@ class Engine:
             known=(request.known.tokens, request.known.state) if request.known else None,
             save=request.save,
             markup=_tokens(self.model, request.markup),
+            logprobs=request.logprobs,
         )
 
     def _compute(self) -> None:
@@ -554,7 +577,8 @@ def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
         seed=generation.sampler.seed,
     )
     usage, state = Usage(generation.n_prompt, n_generated), generation.take_state()
-    return Generated(generation.finish_reason or "stop", usage, timings, state and Session(*state))
+    session = state and Session(*state)
+    return Generated(generation.finish_reason or "stop", usage, timings, session, generation.take_logprobs())
 
 
 def _named(error: Exception, request: TextRequest) -> Exception:
@@ -649,6 +673,43 @@ def _single(model: _llama.Model, text: str) -> list[int]:
     """The one token that `text` is, [] for a text of several."""
     tokens = model.tokenize(text, add_special=False, parse_special=True)
     return tokens if len(tokens) == 1 else []
+
+
+def _infill_tokens(model: _llama.Model, prefix: str, infill: Infill, n_max: int | None) -> list[int]:
+    """The prompt of an infill, laid out as llama-server does (format_prompt_infill): files, prefix, suffix, middle.
+
+    With `n_max` it is cut to that: the suffix to a quarter, then the prefix, then the files, from their begin.
+    Raises BadRequest where the model has no tokens for it.
+    """
+    pre, suf, mid, rep, sep = (model.fim_token(part) for part in ("pre", "suf", "mid", "rep", "sep"))
+    if pre is None or suf is None or mid is None:
+        raise BadRequest(
+            f"suffix is set, and {model.path} has no tokens for infill; leave suffix out, or take a model that was "
+            "trained for it"
+        )
+
+    def tokens(text: str) -> list[int]:
+        return model.tokenize(text, add_special=False)
+
+    files = [] if rep is None else [rep, *tokens("myproject\n")]
+    for file in infill.files:
+        name = file.get("filename", "tmp")
+        files += tokens("\n\n--- snippet ---\n\n") if sep is None else [sep, *tokens(f"{name}\n")]
+        files += tokens(file["text"])
+    if sep is not None:
+        files += [sep, *tokens("filename\n")]
+    begin = [model.bos] if model.add_bos else []
+    before, after = tokens(prefix), tokens(infill.suffix)
+    if n_max is not None:
+        n_free = max(n_max - len(begin) - 3, 0)
+        after = after[: n_free // 4]
+        before = _last(before, n_free - len(after))
+        files = _last(files, n_free - len(after) - len(before))
+    return [*files, *begin, pre, *before, suf, *after, mid]
+
+
+def _last(tokens: list[int], n: int) -> list[int]:
+    return tokens[max(len(tokens) - n, 0) :]
 
 
 def _n_that_fit(texts: Sequence[Sequence[int]], first: int, n_batch: int) -> int:

@@ -6,8 +6,11 @@ import dataclasses
 import json
 import logging
 import os
+import struct
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -19,7 +22,19 @@ from .chat import chat_parts, checked_message
 from .constraint import constraint_of, wants_json, with_parsed
 from .errors import BadRequest, Cancelled, EngineClosed, ExtensionMissing, ModelNotFound, SessionError, SettingsError
 from .models import get_model_info
-from .params import LlmCallParams, LlmCallResult, LlmEmbedResult, Message, check_timeout_s
+from .params import (
+    Completion,
+    Delta,
+    LlmCallParams,
+    LlmCallResult,
+    LlmEmbedResult,
+    Message,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    check_timeout_s,
+    sampler_order,
+)
 from .session import Session, SessionFile
 from .settings import LlmSettings, expand_path
 from .stream import Pieces, TextStream
@@ -28,7 +43,7 @@ from .ticket import Cancellable
 if TYPE_CHECKING:
     import asyncio
 
-    from ._llama import ChatPrompt
+    from ._llama import ChatPrompt, Model
     from .engine import Embedded, EmbedRequest, Engine, Generated, TextRequest
     from .ticket import Ticket
 
@@ -38,12 +53,15 @@ logger = logging.getLogger("tea_llm")
 
 _R = TypeVar("_R")
 
+_N_SEEDS = 2**32 - 1  # the last one means a random seed to llama.cpp
 _LONG_TEXT = 20_000  # characters; to tokenize more would hold up an event loop for milliseconds
 
 _OFF: Mapping[str, Any] = {
+    "dynatemp_range": 0.0,
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
+    "min_keep": 0,
     "typical_p": 1.0,
     "top_n_sigma": -1.0,
     "xtc_probability": 0.0,
@@ -53,15 +71,14 @@ _OFF: Mapping[str, Any] = {
     "repeat_last_n": 0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
+    "adaptive_target": -1.0,
     "mirostat": 0,
+    "ignore_eos": False,
 }
 """The value that switches a sampler off, for those where None says so; for the others None is the default."""
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "functions": (None, []),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "n": (None, 1),
 }
 """API parameters that change what the answer is, so that leaving them out in silence would be wrong; and the values
 that change nothing."""
@@ -183,36 +200,42 @@ class LocalLlmBackend(RequestBackend):
         """See `RequestBackend.written`."""
         has_session = params.session is not None
         file, known = await _beside(stream.loop, lambda: self._session(params), long=has_session)
-        chunks = []
         is_long = params.messages is not None or _size(params) > _LONG_TEXT  # a template takes milliseconds, or longer
-        ticket, reader = await _beside(stream.loop, lambda: self._begun(params, stream, known), long=is_long)
-        with ticket:
+        texts = await _beside(stream.loop, lambda: self._begun(params, stream, known), long=is_long)
+        first, *others = texts
+        with ExitStack() as held:
+            for text in texts:
+                held.enter_context(text.ticket)
             try:
-                async for chunk in ticket:
-                    piece = chunk if reader is None else reader.read(chunk)
-                    if piece:
-                        chunks.append(piece if isinstance(piece, str) else piece.content)
-                        yield piece
+                async for piece in first.pieces():
+                    yield piece
+                for text in others:
+                    async for _ in text.pieces():
+                        pass
             except Cancelled:  # before its turn
                 if not stream.cancelled:
                     raise
                 yield LlmCallResult("", self.model, backend="local")
                 return
-        outcome: Generated = ticket.outcome
-        finish_reason = "cancelled" if stream.cancelled else outcome.finish_reason
-        if reader is not None and (piece := reader.read("", end="whole" if finish_reason == "stop" else "cut")):
-            chunks.append(piece if isinstance(piece, str) else piece.content)
-            yield piece
-        calls = reader.calls() if reader is not None else ()
+        if rest := first.end(cancelled=stream.cancelled):
+            yield rest
+        for text in others:
+            text.end(cancelled=stream.cancelled)
+        outcome = first.outcome
+        usage = Usage(outcome.usage.prompt_tokens, sum(text.outcome.usage.completion_tokens for text in texts))
+        completions = tuple(self._completion(text, stream, params) for text in texts)
+        answer = completions[0]
         result = LlmCallResult(
-            "".join(chunks),
+            answer.content,
             self.model,
-            tokens_used=outcome.usage.total_tokens,
-            finish_reason="tool_calls" if calls and finish_reason == "stop" else finish_reason,
-            usage=outcome.usage,
+            tokens_used=usage.total_tokens,
+            finish_reason=answer.finish_reason,
+            usage=usage,
             backend="local",
             timings=outcome.timings,
-            tool_calls=calls,
+            tool_calls=answer.tool_calls,
+            logprobs=answer.logprobs,
+            completions=completions if params.n > 1 else (),
         )
         saved = await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
         yield with_parsed(params, saved)
@@ -224,20 +247,48 @@ class LocalLlmBackend(RequestBackend):
         file = SessionFile(expand_path(params.session), self._open_engine().origin)
         return file, file.read()
 
-    def _begun(
-        self, params: LlmCallParams, stream: TextStream, known: Session | None
-    ) -> tuple[Ticket[Generated], AnswerReader | None]:
-        """Hand the request to the engine. With what reads its answer, where that is more than plain text."""
-        request, reader = self._text_request(params, known, in_chunks=stream.in_chunks)
-        ticket = self._open_engine().generate(
-            request,
-            timeout_s=params.timeout_s,
-            queue_timeout_s=self._settings.queue_timeout,
-            priority=params.priority,
-            loop=stream.loop,
+    def _begun(self, params: LlmCallParams, stream: TextStream, known: Session | None) -> list[_Text]:
+        """Hand the request to the engine, once for each text that is wanted."""
+        texts: list[_Text] = []
+
+        def cancel() -> None:
+            for text in texts:
+                text.ticket.cancel()
+
+        stream.cancel_by(cancel)
+        try:
+            for i in range(params.n):
+                request, reader = self._text_request(params, known, in_chunks=stream.in_chunks)
+                ticket = self._open_engine().generate(
+                    _with_seed(request, i),
+                    timeout_s=params.timeout_s,
+                    queue_timeout_s=self._settings.queue_timeout,
+                    priority=params.priority,
+                    loop=stream.loop,
+                )
+                texts.append(_Text(ticket, reader, request))
+        except BaseException:
+            cancel()
+            raise
+        stream.cancel_by(cancel)  # again, for those that were begun meanwhile
+        return texts
+
+    def _completion(self, text: _Text, stream: TextStream, params: LlmCallParams) -> Completion:
+        outcome = text.outcome
+        calls = text.reader.calls() if text.reader is not None else ()
+        finish_reason = "cancelled" if stream.cancelled else outcome.finish_reason
+        logprobs = None
+        if params.logprobs:
+            model, n_top = self._open_engine().model, params.top_logprobs or 0
+            logprobs = tuple(_token_logprobs(model, outcome.logprobs, n_top, text.request.markup))
+        return Completion(
+            "".join(text.said),
+            "tool_calls" if calls and finish_reason == "stop" else finish_reason,
+            reasoning="".join(text.thought) or None,
+            tool_calls=calls,
+            logprobs=logprobs,
+            seed=outcome.timings.seed,
         )
-        stream.cancel_by(ticket.cancel)
-        return ticket, reader
 
     def _text_request(
         self, params: LlmCallParams, known: Session | None, *, in_chunks: bool
@@ -247,7 +298,8 @@ class LocalLlmBackend(RequestBackend):
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")
         if params.extra:
             logger.debug("API parameters without a meaning for a local model: %s", ", ".join(params.extra))
-        request: TextRequest = _engine_rooms().engine.TextRequest(
+        engine = _engine_rooms().engine
+        request: TextRequest = engine.TextRequest(
             prompt=params.prompt,
             max_tokens=params.max_tokens,
             stop=params.stops,
@@ -257,6 +309,8 @@ class LocalLlmBackend(RequestBackend):
             truncate=params.truncate,
             known=known,
             save=params.session is not None,
+            infill=None if params.suffix is None else engine.Infill(params.suffix, params.input_extra),
+            logprobs=(params.top_logprobs or 0) if params.logprobs else None,
         )
         if params.messages is None:
             if params.tools:
@@ -383,6 +437,44 @@ class LocalLlmBackend(RequestBackend):
         return f"LocalLlmBackend({self.model_path!r})"
 
 
+@dataclass
+class _Text:
+    """One text that the engine writes, with what reads its answer, where that is more than plain text."""
+
+    ticket: Ticket[Generated]
+    reader: AnswerReader | None
+    request: TextRequest
+    said: list[str] = field(default_factory=list)
+    thought: list[str] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> Generated:
+        """How it ended."""
+        outcome: Generated = self.ticket.outcome
+        return outcome
+
+    async def pieces(self) -> AsyncIterator[str | Delta]:
+        """What is new, until the engine has no more of it."""
+        async for chunk in self.ticket:
+            if piece := self._noted(chunk if self.reader is None else self.reader.read(chunk)):
+                yield piece
+
+    def end(self, *, cancelled: bool) -> str | Delta | None:
+        """What is left of it, once the engine has no more."""
+        if self.reader is None:
+            return None
+        whole = not cancelled and self.outcome.finish_reason == "stop"
+        return self._noted(self.reader.read("", end="whole" if whole else "cut"))
+
+    def _noted(self, piece: str | Delta | None) -> str | Delta | None:
+        if isinstance(piece, Delta):
+            self.said.append(piece.content)
+            self.thought.append(piece.reasoning)
+        elif piece:
+            self.said.append(piece)
+        return piece
+
+
 def _saved(file: SessionFile | None, outcome: Generated, result: LlmCallResult) -> LlmCallResult:
     """The result, its session saved if it has one and ended by itself; the answer is not lost where that fails."""
     if file is None or result.finish_reason == "cancelled" or (outcome.session is None and not result.content):
@@ -428,7 +520,9 @@ def _size(params: LlmCallParams) -> int:
     if wants_json(params):
         return _LONG_TEXT + 1
     form = (params.grammar, params.regex, *(params.choices or ()))
-    texts = [params.prompt, *filter(None, form), *(str(m.get("content")) for m in params.messages or ())]
+    files = (file["text"] for file in params.input_extra)
+    said = (str(message.get("content")) for message in params.messages or ())
+    texts = [params.prompt, params.suffix or "", *files, *filter(None, form), *said]
     return sum(map(len, texts))
 
 
@@ -459,9 +553,37 @@ def _sampling(params: LlmCallParams) -> dict[str, Any]:
             sampling[name] = value
         elif name in _OFF:
             sampling[name] = _OFF[name]
+    if (order := sampler_order(params.samplers)) is not None:
+        sampling["samplers"] = order
     if "logit_bias" in sampling:
         sampling["logit_bias"] = {_token_id(k): float(v) for k, v in sampling["logit_bias"].items()}
     return sampling
+
+
+def _with_seed(request: TextRequest, i: int) -> TextRequest:
+    """The request for the text number `i` of several."""
+    seed = request.sampling.get("seed")
+    if seed is None or i == 0:
+        return request
+    return dataclasses.replace(request, sampling={**request.sampling, "seed": (seed + i) % _N_SEEDS})
+
+
+def _token_logprobs(model: Model, rows: bytes, n_top: int, markup: Sequence[str]) -> Iterable[TokenLogprob]:
+    """What `_llama.Generation.take_logprobs` told, with the tokens' texts.
+
+    Control tokens are written out; those that the text doesn't show, for they aren't in `markup`, have no bytes.
+    """
+    pairs = list(struct.iter_unpack("=if", rows))
+    for first in range(0, len(pairs), 1 + n_top):
+        (token, logprob), *others = pairs[first : first + 1 + n_top]
+        piece = model.piece(token, special=True)
+        name = piece.decode("utf-8", "replace")
+        is_hidden = name not in markup and model.is_control(token)
+        top = [
+            TopLogprob(other.decode("utf-8", "replace"), other, value)
+            for other, value in ((model.piece(token, special=True), value) for token, value in others if token >= 0)
+        ]
+        yield TokenLogprob(name, b"" if is_hidden else piece, logprob, tuple(top))
 
 
 def _token_id(key: int | str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ __all__ = [
     "AudioPart",
     "BackendName",
     "ChunkCallback",
+    "Completion",
     "ContentPart",
     "Delta",
     "ImagePart",
@@ -27,9 +29,12 @@ __all__ = [
     "Message",
     "TextPart",
     "Timings",
+    "TokenLogprob",
+    "TopLogprob",
     "Unset",
     "Usage",
     "check_timeout_s",
+    "sampler_order",
 ]
 
 Message: TypeAlias = Mapping[str, Any]
@@ -113,6 +118,14 @@ class LlmCallParams:
     into that form and not run. `tool_choice` is `auto`, `none`, `required`, a tool's name, or OpenAI's mapping for one.
     `reasoning` switches the thinking before the answer on or off, where the model has such a switch.
 
+    `samplers` is the order of the samplers, by llama.cpp's names or as one text of its letters; what isn't named is not
+    used. None is llama.cpp's own order. With `logprobs` the result says how likely the model, before any sampler, found
+    each token, and which `top_logprobs` it found likeliest in its place. `n` asks for several texts, as `completions`;
+    a given `seed` is the first one's, and the next ones count on from it.
+
+    `suffix` is what the text is to lead to, behind `prompt`, for models made for infill; `input_extra` are other files
+    that such a model sees, each a mapping with a `text` and a `filename`.
+
     `session` names a file in which a local model keeps what it has computed of the text; a later call with it, in any
     process, computes only what its prompt has beyond that. An API ignores it.
 
@@ -129,9 +142,13 @@ class LlmCallParams:
     messages: Sequence[Message] | None = None
     model: str | None = None
     seed: _Int = _field(0, 2**32 - 2, "unset: random, and reported in the result's timings")
+    samplers: Sequence[str] | str | Unset | None = UNSET
+    dynatemp_range: _Float = _field(0, _INF, "the temperature varies by so much, with the entropy; 0: off")
+    dynatemp_exponent: _Float = _field(0, _INF, "how the entropy says the temperature")
     top_k: _Int = _field(0, 2**31 - 1, "keep the k likeliest tokens; 0: all")
     top_p: _Float = _field(0, 1, "keep the likeliest tokens that together reach p")
     min_p: _Float = _field(0, 1, "keep tokens at least p times as likely as the likeliest")
+    min_keep: _Int = _field(0, 2**31 - 1, "typical_p, top_p, min_p and XTC leave so many tokens at least")
     typical_p: _Float = _field(0, 1, "locally typical sampling")
     top_n_sigma: _Float = _field(-1, _INF, "keep logits within n standard deviations of the best; 0 or less: off")
     xtc_probability: _Float = _field(0, 1, "chance that XTC drops the likeliest tokens")
@@ -145,10 +162,18 @@ class LlmCallParams:
     repeat_last_n: _Int = _field(-1, 2**31 - 1, "tokens the penalties look back; -1: the context, 0: off")
     frequency_penalty: _Float = _field(-_INF, _INF, "0: off")
     presence_penalty: _Float = _field(-_INF, _INF, "0: off")
+    adaptive_target: _Float = _field(-1, 1, "adaptive-p draws tokens about so likely; below 0: off")
+    adaptive_decay: _Float = _field(0, 0.99, "how long adaptive-p remembers: 1 / (1 - decay) tokens")
     mirostat: _Int = _field(0, 2, "1 or 2: that version, in place of the other truncations; 0: off")
     mirostat_tau: _Float = _field(0, _INF, "target entropy")
     mirostat_eta: _Float = _field(0, _INF, "learning rate")
     logit_bias: Mapping[int | str, float] | Unset = UNSET
+    ignore_eos: bool | Unset | None = UNSET
+    n: int = _field(1, 128, "texts to write", 1)
+    logprobs: bool = False
+    top_logprobs: int | None = _field(0, 20, "alternatives to each token, with logprobs", None)
+    suffix: str | None = None
+    input_extra: Sequence[Mapping[str, str]] = ()
     response_format: Mapping[str, Any] | None = None
     schema: Any = None
     regex: str | None = None
@@ -172,17 +197,30 @@ class LlmCallParams:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             raise BadRequest(f"prompt is {type(self.prompt).__name__}; give a str, or messages=[…] for a chat")
+        for name in _ONCE_EXTRA if isinstance(self.extra, Mapping) else ():
+            is_unsaid = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            if is_unsaid and self.extra.get(name) is not None:
+                object.__setattr__(self, name, self.extra[name])
         for f in dataclasses.fields(self):
             if "low" in f.metadata:
                 _check_range(f, getattr(self, f.name))
-        if self.response_format is None and isinstance(self.extra, Mapping):  # where API parameters used to be
-            object.__setattr__(self, "response_format", self.extra.get("response_format"))
         for name, what, is_one in _KINDS:
             if not is_one(value := getattr(self, name)):
                 raise BadRequest(f"{name} is {value!r:.80}; give {what}")
         forms = [name for name in _FORMS if getattr(self, name) is not None]
         if len(forms) > 1:
             raise BadRequest(f"{' and '.join(forms)} both say what the answer has to be; give one of them")
+        sampler_order(self.samplers)
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest(f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs: true")
+        if self.n is None:
+            raise BadRequest("n is None; give the number of texts to write")
+        if self.n > 1 and self.session is not None:
+            raise BadRequest(f"n is {self.n}, and a session holds one text; leave one of the two out")
+        if self.suffix is not None and self.messages is not None:
+            raise BadRequest("suffix is set, and messages are answered, not completed; give a prompt in their place")
+        if self.input_extra and self.suffix is None:
+            raise BadRequest('input_extra is set without suffix; give one, "" where nothing follows the text')
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.messages is not None:
             object.__setattr__(self, "messages", _checked_messages(self.messages))
@@ -218,6 +256,20 @@ def _is_path(value: Any) -> bool:
     return isinstance(path, str) and path != "" and "\0" not in path
 
 
+def _is_files(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, (str, bytes))
+        and all(
+            isinstance(file, Mapping)
+            and set(file) <= {"text", "filename"}
+            and isinstance(file.get("text"), str)
+            and isinstance(file.get("filename", ""), str)
+            for file in value
+        )
+    )
+
+
 def _is_bias(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         type(token) in (int, str) and type(bias) in (int, float) and not math.isnan(bias)
@@ -231,6 +283,10 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
     ("schema", "a JSON schema or a type", lambda v: v in (True, False) or not isinstance(v, (str, float, int, list))),
     ("regex", "a regular expression, or None", lambda v: v is None or isinstance(v, str)),
     ("choices", "a list of texts, at least one", lambda v: v is None or (_is_text_list(v) and len(v) > 0)),
+    ("logprobs", "True or False", lambda v: isinstance(v, bool)),
+    ("ignore_eos", "True or False", lambda v: v is None or v is UNSET or isinstance(v, bool)),
+    ("suffix", "a text, or None", lambda v: v is None or isinstance(v, str)),
+    ("input_extra", "a list of {text, filename}", _is_files),
     ("grammar", "a text in GBNF, or None", lambda v: v is None or isinstance(v, str)),
     ("strict", "True or False", lambda v: isinstance(v, bool)),
     ("chat_template", "a Jinja template, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
@@ -248,6 +304,62 @@ _KINDS: Final[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = (
 
 _FORMS: Final = ("response_format", "schema", "regex", "choices", "grammar")
 """The fields that say what the answer has to be."""
+
+
+_ONCE_EXTRA: Final = ("response_format", "n", "logprobs", "top_logprobs")
+"""Fields that used to be parameters of an API among others, and may still be said so."""
+
+_SAMPLERS: Final[Mapping[str, str]] = {
+    "penalties": "e",
+    "dry": "d",
+    "top_n_sigma": "s",
+    "top_k": "k",
+    "typ_p": "y",
+    "top_p": "p",
+    "min_p": "m",
+    "xtc": "x",
+    "temperature": "t",
+    "infill": "i",
+    "adaptive_p": "a",
+}
+"""llama.cpp's samplers in its order, and the letter of each (common/sampling.cpp)."""
+
+_SAMPLER_NAMES: Final[Mapping[str, str]] = {
+    **{name.replace("_", mark): name for name in _SAMPLERS for mark in ("", "-", "_")},
+    "nucleus": "top_p",
+    "temp": "temperature",
+    "typ": "typ_p",
+    "typical_p": "typ_p",
+}
+"""Every name that llama.cpp takes, and our field's."""
+
+
+def sampler_order(samplers: Any) -> tuple[str, ...] | None:
+    """The samplers by llama.cpp's main names, for a list of any of its names or one text of its letters; None: its own.
+
+    Raises BadRequest for what is none, naming the nearest.
+    """
+    if samplers is None or samplers is UNSET:
+        return None
+    if isinstance(samplers, str):
+        names = {letter: name for name, letter in _SAMPLERS.items()}
+        if unknown := next((letter for letter in samplers if letter not in names), ""):
+            letters = ", ".join(f"{letter} {name}" for letter, name in names.items())
+            raise BadRequest(f"samplers is {samplers!r:.80}, and {unknown!r} is no sampler's letter ({letters}); give "
+                             "these, or a list of names")  # fmt: skip
+        order = tuple(names[letter] for letter in samplers)
+    elif not _is_text_list(samplers):
+        raise BadRequest(f"samplers is {samplers!r:.80}; give a list of names, or one text of their letters")
+    else:
+        if unknown := next((name for name in samplers if name.lower() not in _SAMPLER_NAMES), ""):
+            near = difflib.get_close_matches(unknown.lower(), _SAMPLER_NAMES, 1)
+            meant = f"did you mean {_SAMPLER_NAMES[near[0]]!r}? " if near else ""
+            raise BadRequest(f"samplers has {unknown!r:.80}; {meant}They are {', '.join(_SAMPLERS)}")
+        order = tuple(_SAMPLER_NAMES[name.lower()] for name in samplers)
+    for i, name in enumerate(order):
+        if name in order[:i]:
+            raise BadRequest(f"samplers has {name!r} twice; leave one out")
+    return order
 
 
 def _check_range(f: dataclasses.Field[Any], value: Any) -> None:
@@ -347,6 +459,49 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class TopLogprob:
+    """A token that could stand in a place, and how likely the model found it there: log(p), base e.
+
+    `token` is its text; `bytes` say it exactly, where it isn't made of whole characters.
+    """
+
+    token: str
+    bytes: bytes
+    logprob: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the OpenAI API."""
+        return {"token": self.token, "bytes": list(self.bytes), "logprob": self.logprob}
+
+
+@dataclass(frozen=True)
+class TokenLogprob(TopLogprob):
+    """A token of a text, with the likeliest in its place, likeliest first; it need not be among them."""
+
+    top_logprobs: Sequence[TopLogprob] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the OpenAI API."""
+        return super().as_dict() | {"top_logprobs": [top.as_dict() for top in self.top_logprobs]}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One of several texts, with what belongs to it as in `LlmCallResult`.
+
+    `seed` is the one that it was drawn by, None where an API doesn't say.
+    """
+
+    content: str
+    finish_reason: str | None = None
+    _: KW_ONLY
+    reasoning: str | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    logprobs: Sequence[TokenLogprob] | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class LlmCallResult:
     """The text, and who wrote it. `finish_reason`: `stop`, `length`, `tool_calls`, `content_filter` or `cancelled`.
 
@@ -356,6 +511,10 @@ class LlmCallResult:
     `session_error` says why the session could not be saved, None if it was or if there is none. `parsed` is what an
     answer in JSON holds, where a `response_format` or a `schema` asked for one: an instance of `schema` where that is a
     type. `parse_error` says why it holds nothing: the answer was cut, or a server didn't keep to the schema.
+
+    `completions` are all texts where `n` asked for several; `content` and all that belongs to a text is the first's,
+    and `usage` counts the prompt once. `logprobs`, where they were asked for, has all that the model wrote: thinking
+    and calls too, and after a cancel perhaps a few tokens more than were handed out.
     """
 
     content: str
@@ -372,6 +531,8 @@ class LlmCallResult:
     parse_error: str | None = None
     tool_calls: Sequence[ToolCall] = ()
     reasoning: str | None = None
+    logprobs: Sequence[TokenLogprob] | None = None
+    completions: Sequence[Completion] = ()
     provider: str | None = None
     attempts: int = 1
     total_delay_s: float = 0.0
