@@ -46,6 +46,9 @@ class Constraint {
 
     // Whether it has to end here.
     virtual bool has_to_end() = 0;
+
+    // Whether it binds nothing yet, as what triggers it has not come.
+    virtual bool is_waiting() const { return false; }
 };
 
 // --- GBNF --------------------------------------------------------------------------------------------------------------
@@ -250,11 +253,13 @@ class Gbnf : public Constraint {
 
     bool may_end() override {
         const auto is_whole = [](const llama_grammar_stack & stack) { return stack.empty(); };
-        return grammar_->awaiting_trigger ||
+        return is_waiting() ||
                std::any_of(grammar_->stacks.begin(), grammar_->stacks.end(), is_whole);
     }
 
     bool has_to_end() override { return false; }  // the model says so by its own end
+
+    bool is_waiting() const override { return grammar_->awaiting_trigger; }
 
     static constexpr size_t most_stacks = 4096;
 

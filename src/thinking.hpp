@@ -29,7 +29,7 @@ class Thinking : public Constraint {
     // begun already. After `budget` tokens the first of the end tags is forced; below 0 there is no limit.
     Thinking(const llama_vocab * vocab, const std::string & start, const std::vector<std::string> & ends,
              const std::string & begun, int32_t budget, std::unique_ptr<Constraint> answer, Binds binds)
-        : answer_(std::move(answer)), binds_(binds) {
+        : vocab_(vocab), answer_(std::move(answer)), binds_(binds) {
         std::vector<llama_tokens> end_tokens;
         for (const auto & end : ends) end_tokens.push_back(common_tokenize(vocab, end, false, true));
         const std::vector<llama_tokens> starts{common_tokenize(vocab, start, false, true)};
@@ -49,7 +49,7 @@ class Thinking : public Constraint {
         llama_token_data one{token, 0.0f, 0.0f};
         llama_token_data_array array{&one, 1, -1, false};
         llama_sampler_apply(budget_.get(), &array);
-        return one.logit > -INFINITY && (!is_bound() || answer_->allows(token));
+        return one.logit > -INFINITY && (is_bound() ? answer_->allows(token) : may_end() || !ends_text(vocab_, token));
     }
 
     void forbid(float * logits, int32_t n_vocab) override {
@@ -60,14 +60,17 @@ class Thinking : public Constraint {
             llama_sampler_apply(budget_.get(), &array);
             for (const auto & candidate : candidates_) logits[candidate.id] = candidate.logit;
         }
-        if (is_bound()) answer_->forbid(logits, n_vocab);
+        if (is_bound()) return answer_->forbid(logits, n_vocab);
+        for (llama_token id = 0; id < n_vocab && !may_end(); ++id) {
+            if (ends_text(vocab_, id)) logits[id] = -INFINITY;
+        }
     }
 
     bool is_slow() const override { return !is_bound() || answer_->is_slow(); }
 
     void accept(llama_token token) override {
         const bool was_bound = is_bound();
-        llama_sampler_accept(budget_.get(), token);
+        if (looks_for_tags()) llama_sampler_accept(budget_.get(), token);
         if (was_bound) {
             answer_->accept(token);
         } else if (answer_ && binds_ == WITH_ITS_END && state() == REASONING_BUDGET_DONE) {
@@ -78,7 +81,9 @@ class Thinking : public Constraint {
         }
     }
 
-    bool may_end() override { return !is_bound() || answer_->may_end(); }
+    bool may_end() override {  // an answer that has to be something is not given yet in the midst of thinking
+        return is_bound() ? answer_->may_end() : answer_ == nullptr || binds_ != AFTER_THINKING;
+    }
 
     bool has_to_end() override { return is_bound() && answer_->has_to_end(); }
 
@@ -88,16 +93,22 @@ class Thinking : public Constraint {
     };
 
     Thinking(const Thinking & other)
-        : budget_(llama_sampler_clone(other.budget_.get())), answer_(other.answer_ ? other.answer_->copy() : nullptr),
+        : vocab_(other.vocab_), budget_(llama_sampler_clone(other.budget_.get())), answer_(other.answer_ ? other.answer_->copy() : nullptr),
           binds_(other.binds_) {}
 
     common_reasoning_budget_state state() const { return common_reasoning_budget_get_state(budget_.get()); }
 
-    bool is_bound() const {
-        const bool is_thinking = state() != REASONING_BUDGET_IDLE && state() != REASONING_BUDGET_DONE;
-        return answer_ && (binds_ == ALWAYS || !is_thinking);
+    bool is_thinking() const { return state() != REASONING_BUDGET_IDLE && state() != REASONING_BUDGET_DONE; }
+
+    bool is_bound() const { return answer_ && (binds_ == ALWAYS || !is_thinking()); }
+
+    // In what has to be something, a tag is a part of it: one in a text of JSON begins no thinking.
+    bool looks_for_tags() const {
+        if (!answer_ || is_thinking()) return true;
+        return binds_ == ALWAYS ? state() == REASONING_BUDGET_IDLE : answer_->is_waiting();
     }
 
+    const llama_vocab * vocab_;
     std::unique_ptr<llama_sampler, Free> budget_;
     std::unique_ptr<Constraint> answer_;
     Binds binds_;

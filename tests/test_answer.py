@@ -243,6 +243,46 @@ def test_a_call_in_the_midst_of_thinking_is_a_thought(tmp_path: Path) -> None:
     assert (result.reasoning, result.content) == ("<tool_call>\nis what I would say", "No.")
 
 
+@pytest.mark.parametrize("options", [{}, {"reasoning_budget": 3}])
+def test_a_tag_in_an_answer_that_has_a_form_begins_no_thinking(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The model would write a tag into a text of its JSON, and go on with no JSON at all."""
+    pieces = ('{"a": "', "<think>", '" no JSON', "</think>")
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 20}}, "required": ["a"]}
+    with LocalLlmBackend(write_reciting(tmp_path / "tag.gguf", {"\n": pieces})) as backend:
+        result = backend.chat(USER, schema={**schema, "additionalProperties": False}, **GREEDY, **options)
+    assert result.finish_reason == "stop"
+    assert str(result.parsed["a"]).startswith("<think>")
+
+
+def test_a_tag_in_the_arguments_of_a_call_begins_no_thinking(tmp_path: Path) -> None:
+    say = {
+        "type": "function",
+        "function": {
+            "name": "say",
+            "parameters": {
+                "type": "object", "properties": {"a": {"type": "string", "maxLength": 20}}, "required": ["a"],
+            },
+        },
+    }  # fmt: skip
+    pieces = ("<tool_call>", '\n{"name": "say", "arguments": {"a": "', "<think>", '" no JSON', "</think>")
+    with LocalLlmBackend(write_reciting(tmp_path / "tag.gguf", {"\n": pieces})) as backend:
+        result = backend.chat(USER, tools=[say], **GREEDY)
+    assert result.content == ""
+    assert [set(call.arguments) for call in result.tool_calls] == [{"a"}]
+
+
+def test_an_answer_that_has_a_form_does_not_end_in_its_thinking(tmp_path: Path) -> None:
+    """Else there would be none, and nothing to say that it was not given."""
+    head, _, _ = TEMPLATE.rpartition("{{- '<|im_start|>assistant\\n' }}")
+    always = head + "{{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}"
+    with LocalLlmBackend(write_reciting(tmp_path / "ends.gguf", {"\n": ("I wonder", " on")}, always)) as backend:
+        assert backend.chat(USER, **GREEDY).finish_reason == "stop"
+        cut = backend.chat(USER, choices=["yes", "no"], **GREEDY)
+        assert (cut.content, cut.finish_reason) == ("", "length")
+        result = backend.chat(USER, choices=["yes", "no"], reasoning_budget=5, **GREEDY)
+        assert (result.content, result.finish_reason) in (("yes", "stop"), ("no", "stop"))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "words"),
