@@ -1641,6 +1641,11 @@ cdef class Generation:
         return _FINISH_REASON.get(self._made().finish.load())
 
     @property
+    def cut_by_stop(self) -> bool:
+        """Whether a stop string ended it; with `finish_reason` `stop`."""
+        return self._made().cut
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will be computed: there is a `finish_reason` or an `error`."""
         return self._made().finish.load() != RUNNING

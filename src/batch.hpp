@@ -41,6 +41,7 @@ struct Generation : Text {
     std::atomic<bool> cancelled{false};
     std::atomic<Finish> finish{RUNNING};
     std::string fault;          // what went wrong, after FAULT
+    bool cut = false;           // by a stop string, after STOP
     size_t n_cached = 0;        // tokens of the prompt that were found computed
     size_t n_drafted = 0, n_accepted = 0;  // tokens that were guessed, and guessed right
     int64_t begun_us = 0, first_us = 0, last_us = 0;
@@ -308,7 +309,8 @@ class Batch {
         const auto & markup = text.markup;
         read_piece(vocab_, token, std::find(markup.begin(), markup.end(), token) != markup.end(), piece_);
         if (text.logprobs) text.logprobs->keep(piece_.size());
-        if (text.filter.push(piece_.data(), piece_.size())) {
+        text.cut = text.filter.push(piece_.data(), piece_.size());
+        if (text.cut) {
             if (text.logprobs) text.logprobs->cut(text.filter.n_cut());
             return STOP;
         }

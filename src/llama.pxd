@@ -167,6 +167,7 @@ cdef extern from "batch.hpp" namespace "tea" nogil:
         atomic[Finish] finish
         string fault
         size_t n_cached
+        bint cut
         size_t n_drafted
         size_t n_accepted
         int64_t begun_us

@@ -238,6 +238,21 @@ def test_the_properties_of_a_type_are_the_only_ones():
     assert "additionalProperties" not in json.loads(text)
 
 
+@pytest.mark.parametrize("name", ["const", "default", "enum", "examples", "pattern", "format", "properties"])
+def test_a_property_may_have_the_name_of_a_keyword(name):
+    schema = {"type": "object", "properties": {name: {"type": "string", "pattern": r"^\d$"}}}
+    _, text = source(schema=schema)
+    assert json.loads(text)["properties"] == {name: {"type": "string", "pattern": "^[0-9]$"}}
+    with pytest.raises(BadRequest, match="multipleOf"):
+        source(schema={"type": "object", "properties": {name: {"multipleOf": 0.01}}})
+
+
+def test_a_type_may_have_a_field_named_properties():
+    feature = dataclasses.make_dataclass("Feature", [("kind", str), ("properties", dict[str, int])])
+    _, text = source(schema=feature)
+    assert json.loads(text)["properties"].keys() == {"kind", "properties"}
+
+
 def test_a_cut_answer_says_so_and_is_not_parsed(backend):
     schema = {"type": "array", "items": {"const": 11}, "minItems": 50}
     result = backend.call(dataclasses.replace(hot(1, schema=schema), max_tokens=9))
@@ -245,7 +260,10 @@ def test_a_cut_answer_says_so_and_is_not_parsed(backend):
     assert "ended with 'length'" in result.parse_error
     result = backend.call(hot(1, schema=schema, stop="1,"))
     assert (result.finish_reason, result.parsed) == ("stop", None)
-    assert "not what was asked for" in result.parse_error
+    assert "stop string" in result.parse_error
+    result = backend.call(hot(1, schema={"const": 1203}, stop="3"))
+    assert (result.content, result.finish_reason, result.parsed) == ("120", "stop", None)
+    assert "stop string" in result.parse_error
 
 
 def test_an_answer_that_can_only_end_ends_without_another_token(backend):
@@ -527,6 +545,14 @@ def test_a_schema_goes_to_an_api_in_its_own_terms(server):
     assert (no_json.parsed, no_json.content) == (None, "no JSON")
     assert "not what was asked for" in no_json.parse_error
     assert "Point" in no_point.parse_error
+
+
+def test_json_too_deep_to_be_read_says_so(server):
+    server.replies = [chat("[" * 100_000 + "]" * 100_000)]
+    with ApiLlmBackend({"llm": {"api_base": server.base, "model": "m"}}) as backend:
+        result = backend.call(LlmCallParams("x", schema={"type": "array"}))
+    assert result.parsed is None
+    assert "not what was asked for" in result.parse_error
 
 
 @pytest.mark.parametrize("fields", [{"regex": "a"}, {"choices": ["a"]}])

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,9 @@ __all__ = ["Constraint", "constraint_of", "json_schema_of", "wants_json", "with_
 _SPACE = r"( |\n[ \t]{0,20})"  # between the parts of a JSON text, once at most: a model could go on with it for ever
 
 _MAX_NESTING = 100  # of a schema
+
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords that hold schemas by names of the caller's, which may be those of keywords."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,21 @@ def json_schema_of(params: LlmCallParams) -> Any:
     )
 
 
-def with_parsed(params: LlmCallParams, result: LlmCallResult) -> LlmCallResult:
+def with_parsed(params: LlmCallParams, result: LlmCallResult, *, cut_by_stop: bool = False) -> LlmCallResult:
     """The result with what its JSON holds as `parsed`, or why there is nothing as `parse_error`, if JSON was wanted."""
     if not wants_json(params):
         return result
     if result.finish_reason != "stop":
         why = f"the answer is not complete: it ended with {result.finish_reason!r}"
         return dataclasses.replace(result, parse_error=why)
+    if cut_by_stop:  # even if what is left is JSON: of 123 the 12 may be
+        return dataclasses.replace(result, parse_error="the answer is not complete: a stop string ended it")
     try:
         if params.schema is None or isinstance(params.schema, Mapping | bool):
             parsed: Any = json.loads(result.content)
         else:
             parsed = _adapter(params.schema).validate_json(result.content)
-    except ValueError as exc:  # pydantic's ValidationError too
+    except (ValueError, RecursionError) as exc:  # pydantic's ValidationError too
         return dataclasses.replace(result, parse_error=f"the answer is not what was asked for: {exc}")
     return dataclasses.replace(result, parsed=parsed)
 
@@ -139,8 +144,15 @@ def _closed(schema: Any) -> Any:
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
+    closed = {key: _by_name(key, value, _closed) for key, value in schema.items()}
     return {"additionalProperties": False, **closed} if isinstance(closed.get("properties"), dict) else closed
+
+
+def _by_name(key: str, value: Any, of: Callable[[Any], Any]) -> Any:
+    """What `of` makes of a keyword's value: of each schema in it, where it holds them by their names."""
+    if key in _OF_NAMES and isinstance(value, Mapping):
+        return {name: of(part) for name, part in value.items()}
+    return of(value)
 
 
 def _check_nesting(schema: Mapping[str, Any]) -> None:
@@ -180,17 +192,17 @@ def _prepared(schema: Any, strict: bool) -> Any:
                 "multiples of a fraction for none; leave it out, or set strict: false to have decimal multiples"
             )
         else:
-            prepared[key] = _prepared(value, strict)
+            prepared[key] = _by_name(key, value, lambda part: _prepared(part, strict))
     if schema.get("format") in ("time", "date-time"):  # llguidance has a leap second in each minute
         prepared = {"allOf": [prepared, {"pattern": "^[^:]*:[^:]*:[0-5]"}]}
     return prepared
 
 
 def _in_rust(pattern: str) -> str:
-    """A regular expression whose \\d and \\w are ASCII, as in ECMAScript; in Rust's they are those of all scripts."""
+    """A regular expression whose \\d, \\w, \\D and \\W are of ASCII, as in ECMAScript; in Rust's they are of all scripts."""
     in_class, out = False, []
     for piece in re.findall(r"\\.|[^\\]|\\$", pattern, re.DOTALL):
-        inner = {"\\d": "0-9", "\\w": "A-Za-z0-9_"}.get(piece)
+        inner = {"\\d": "0-9", "\\w": "A-Za-z0-9_", "\\D": "[^0-9]", "\\W": "[^A-Za-z0-9_]"}.get(piece)
         if piece in "[]":
             in_class = piece == "["
         out.append(piece if inner is None else inner if in_class else f"[{inner}]")

@@ -134,6 +134,7 @@ class Generated:
     timings: Timings
     session: Session | None = None
     logprobs: bytes = b""
+    cut_by_stop: bool = False  # by a stop string, and not by the model
 
 
 @dataclass(frozen=True)
@@ -578,7 +579,8 @@ def _generated(generation: _llama.Generation, queue_s: float) -> Generated:
     )
     usage, state = Usage(generation.n_prompt, n_generated), generation.take_state()
     session = state and Session(*state)
-    return Generated(generation.finish_reason or "stop", usage, timings, session, generation.take_logprobs())
+    logprobs, cut = generation.take_logprobs(), generation.cut_by_stop
+    return Generated(generation.finish_reason or "stop", usage, timings, session, logprobs, cut)
 
 
 def _named(error: Exception, request: TextRequest) -> Exception:

@@ -238,7 +238,7 @@ class LocalLlmBackend(RequestBackend):
             completions=completions if params.n > 1 else (),
         )
         saved = await _beside(stream.loop, lambda: _saved(file, outcome, result), long=has_session)
-        yield with_parsed(params, saved)
+        yield with_parsed(params, saved, cut_by_stop=outcome.cut_by_stop)
 
     def _session(self, params: LlmCallParams) -> tuple[SessionFile | None, Session | None]:
         """Where the session of a call is kept, and what is there."""
