@@ -74,6 +74,23 @@ inline void checkpoint() {
     if (budget != nullptr) budget->check();
 }
 
+// Runs `work`, which doesn't recurse deeply, on this thread. False where it exceeds its bounds.
+template <class Work>
+bool run_counted(const Bounds & bounds, Work work) {
+    Budget own(bounds);
+    struct Current {
+        explicit Current(Budget * own) { budget = own; }
+        ~Current() { budget = nullptr; }
+    } current(&own);
+    try {
+        Counting counting;
+        work();
+    } catch (...) {
+        if (own.exceeded() == nullptr) throw;
+    }
+    return own.exceeded() == nullptr;
+}
+
 // Runs `work` on a thread of its own; throws what it throws, and std::runtime_error where it exceeds its bounds.
 template <class Work>
 void run_bounded(const Bounds & bounds, Work work) {

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "bounded.hpp"
 #include "guard.hpp"
 #include "llama-grammar.h"
 #include "llama.h"
@@ -224,7 +225,7 @@ class Gbnf : public Constraint {
         if (!is_seen(token)) return false;
         llama_token_data one{token, 0.0f, 0.0f};
         llama_token_data_array array{&one, 1, -1, false};
-        llama_grammar_apply_impl(*grammar_, &array);
+        follow([&] { llama_grammar_apply_impl(*grammar_, &array); });
         return one.logit > -INFINITY;
     }
 
@@ -234,7 +235,7 @@ class Gbnf : public Constraint {
             if (logits[id] > -INFINITY) candidates_.push_back({id, logits[id], 0.0f});
         }
         llama_token_data_array array{candidates_.data(), candidates_.size(), -1, false};
-        llama_grammar_apply_impl(*grammar_, &array);
+        follow([&] { llama_grammar_apply_impl(*grammar_, &array); });
         for (const auto & candidate : candidates_) {
             logits[candidate.id] = candidate.logit > -INFINITY && is_seen(candidate.id) ? candidate.logit : -INFINITY;
         }
@@ -243,10 +244,8 @@ class Gbnf : public Constraint {
     bool is_slow() const override { return true; }
 
     void accept(llama_token token) override {
-        llama_grammar_accept_impl(*grammar_, token);
-        if (grammar_->stacks.size() > most_stacks) {
-            throw std::runtime_error("the grammar can be followed in too many ways at once; make it less ambiguous");
-        }
+        follow([&] { llama_grammar_accept_impl(*grammar_, token); });
+        if (grammar_->stacks.size() > most_stacks) fail();
         read_piece(vocab_, token, false, piece_);
         utf8_.read(piece_);
     }
@@ -264,6 +263,17 @@ class Gbnf : public Constraint {
     static constexpr size_t most_stacks = 4096;
 
   private:
+    [[noreturn]] static void fail() {
+        throw std::runtime_error("the grammar can be followed in too many ways at once; make it less ambiguous");
+    }
+
+    // llama.cpp goes each way through a token by itself; their number may be multiplied with every character.
+    template <class Work>
+    static void follow(Work work) {
+        constexpr Bounds bounds{size_t{1} << 30, 2};
+        if (!run_counted(bounds, work)) fail();
+    }
+
     bool is_seen(llama_token token) {
         if (llama_vocab_is_eog(vocab_, token)) return true;
         if (llama_vocab_is_control(vocab_, token)) {

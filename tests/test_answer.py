@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tea_llm import BadRequest, Delta, LlmCallParams, LocalLlmBackend, ToolCall
+from tea_llm import BadRequest, Delta, EngineFault, LlmCallParams, LocalLlmBackend, ToolCall
 
 pytest.importorskip("tea_llm._llama", reason="tea_llm was built without llama.cpp")
 from tea_llm._llama import ChatParser, Model
@@ -281,6 +281,17 @@ def test_an_answer_that_has_a_form_does_not_end_in_its_thinking(tmp_path: Path) 
         assert (cut.content, cut.finish_reason) == ("", "length")
         result = backend.chat(USER, choices=["yes", "no"], reasoning_budget=5, **GREEDY)
         assert (result.content, result.finish_reason) in (("yes", "stop"), ("no", "stop"))
+
+
+def test_a_grammar_with_endless_ways_through_a_token_ends_its_text_only(tmp_path: Path) -> None:
+    """llama.cpp would try each choice of 26 among 40 optional letters before it refuses the last one."""
+    letters = "abcdefghijklmnopqrstuvwxyz!"
+    with LocalLlmBackend(write_reciting(tmp_path / "letters.gguf", {"\n": (letters, "x")}), n_threads=1) as backend:
+        begin = time.monotonic()
+        with pytest.raises(EngineFault, match="too many ways"):
+            backend.chat(USER, grammar="root ::= " + "[a-z]? " * 40 + '"."', **GREEDY)
+        assert time.monotonic() - begin < 20
+        assert backend.chat(USER, **GREEDY).content == letters + "x"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
