@@ -449,11 +449,19 @@ class Guided : public Constraint {
 
     bool has_to_end() override { return llguidance.matcher_is_stopped(matcher_); }
 
+    // Throws where nothing may begin the text, or finding out takes too much.
+    void check_begin() {
+        mask_.resize((llama_vocab_n_tokens(vocab_) + 31) / 32);
+        if (llguidance.matcher_compute_mask_into(matcher_, mask_.data(), 4 * mask_.size()) != 0) fail();
+    }
+
   private:
     [[noreturn]] void fail() {
         const char * error = llguidance.matcher_get_error(matcher_);
-        const std::string words = error ? error : "it gave no reason";
-        throw std::runtime_error("llguidance gave up on the grammar: " + words.substr(0, words.find('\n')));  // its state follows
+        std::string words = error ? error : "it gave no reason";
+        words.resize(std::min(words.size(), words.find('\n')));  // its state follows
+        if (words == "NoExtensionBias") throw std::runtime_error("nothing fulfils it");
+        throw std::runtime_error("llguidance gave up on the grammar: " + words);
     }
 
     const llama_vocab * vocab_;
@@ -470,6 +478,7 @@ inline std::unique_ptr<Constraint> new_guided(
     Llguidance::Matcher * matcher = llguidance.new_matcher(&init, kind, source);
     auto made = std::make_unique<Guided>(vocab, matcher);
     if (const char * error = llguidance.matcher_get_error(matcher)) throw std::runtime_error(error);
+    made->check_begin();
     return made;
 }
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -514,6 +515,31 @@ def test_a_lazy_grammar_binds_from_its_trigger_on(model):
     by_token = Grammar(model, "gbnf", 'root ::= "<" [0-9] ">"', triggers=[("token", b"<"[0] + 3)])
     bound = Sampler(model, temperature=0, grammar=by_token, logit_bias={byte + 3: 50.0 for byte in b"<"})
     assert re.match(r"<[0-9]>", Generation(Context(model), bound, [1], max_tokens=12).run())
+
+
+def test_a_grammar_is_read_beside_the_event_loop(random_path, model):
+    grammar = "\n".join(f"r{i} ::= [a-z]? r{i + 1}" for i in range(900)) + '\nr900 ::= "a"\nroot ::= r0'
+    begin = time.perf_counter()
+    Grammar(model, "gbnf", grammar)
+    whole_s = time.perf_counter() - begin
+
+    async def longest_block_s() -> float:
+        longest, last = 0.0, time.perf_counter()
+        call = asyncio.ensure_future(backend.acall(LlmCallParams("x", grammar=grammar, max_tokens=0)))
+        while not call.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        await call
+        return longest
+
+    with LocalLlmBackend(random_path, n_threads=1) as backend:
+        assert asyncio.run(longest_block_s()) < 0.5 * whole_s
+
+
+def test_a_form_that_nothing_has_is_refused_when_it_is_read(model):
+    for kind, text in [("json_schema", '{"$ref": "#"}'), ("regex", r"[^\x00-\x{10FFFF}]")]:
+        with pytest.raises(GrammarError, match="nothing fulfils it"):
+            Grammar(model, kind, text)
 
 
 # --- workflows and APIs -----------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def _prepared(schema: Any, strict: bool) -> Any:
 
 
 def _in_rust(pattern: str) -> str:
-    """A regular expression whose \\d, \\w, \\D and \\W are of ASCII, as in ECMAScript; in Rust's they are of all scripts."""
+    """A regular expression whose \\d, \\w, \\D and \\W are ASCII, as in ECMAScript; in Rust they mean all scripts."""
     in_class, out = False, []
     for piece in re.findall(r"\\.|[^\\]|\\$", pattern, re.DOTALL):
         inner = {"\\d": "0-9", "\\w": "A-Za-z0-9_", "\\D": "[^0-9]", "\\W": "[^A-Za-z0-9_]"}.get(piece)

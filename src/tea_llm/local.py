@@ -516,13 +516,12 @@ async def _beside(loop: asyncio.AbstractEventLoop | None, work: Callable[[], _R]
 
 
 def _size(params: LlmCallParams) -> int:
-    """About how many characters have to be tokenized or parsed; a schema's first reading takes as long as many."""
-    if wants_json(params):
+    """About how many characters have to be tokenized; the first reading of a form takes as long as many."""
+    if wants_json(params) or (params.grammar, params.regex, params.choices) != (None, None, None):
         return _LONG_TEXT + 1
-    form = (params.grammar, params.regex, *(params.choices or ()))
     files = (file["text"] for file in params.input_extra)
     said = (str(message.get("content")) for message in params.messages or ())
-    texts = [params.prompt, params.suffix or "", *files, *filter(None, form), *said]
+    texts = [params.prompt, params.suffix or "", *files, *said]
     return sum(map(len, texts))
 
 
