@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +13,7 @@ from tea_llm import ApiLlmBackend, BadRequest, LlmCallParams, ToolCall, register
 from tea_llm.tools import GrowingCalls, check_arguments, function_tool
 
 from .api_server import ApiServer, chat, delta, sse, stream
+from .conftest import serving
 from .reciting_models import write_reciting
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
@@ -256,15 +255,8 @@ def reciting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server_of_reciting(reciting: Path) -> Iterator[str]:
-    pytest.importorskip("xllamacpp", reason="it starts the llama-server that these tests talk to")
-    program = Path(__file__).with_name("llama_server.py")
-    with subprocess.Popen(
-        [sys.executable, program, reciting], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        yield process.stdout.readline().decode().strip() + "/v1"
-        process.stdin.close()
+    with serving(reciting) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(params=["api", "local"])
