@@ -12,8 +12,6 @@ import argparse
 import statistics
 import time
 
-from tea_llm._llama import Context, Generation, Model, Sampler
-
 SAMPLERS = {
     "greedy": {"temperature": 0},
     "default chain": {},
@@ -32,6 +30,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
+    from tea_llm._llama import Context, Generation, Model, Sampler  # --help is there without it
+
     model = Model(options.model)
     context = Context(model, n_ctx=1024, n_threads=options.threads)
     prompt = model.tokenize("The quick brown fox jumps over the lazy dog.")

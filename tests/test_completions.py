@@ -226,7 +226,7 @@ def test_several_texts_compute_their_prompt_once(shared_models):
 
 
 def test_several_texts_without_a_seed_differ_and_at_temperature_0_do_not(local):
-    result = local.call(LlmCallParams("Once upon a time", 20, 1.5, n=3, top_k=0))
+    result = local.call(LlmCallParams("Once upon a time", 20, 3.0, n=3, samplers="t"))
     assert len({text.seed for text in result.completions}) == 3
     assert len({text.content for text in result.completions}) == 3
     same = local.chat(HELLO, max_tokens=20, temperature=0.0, n=3, logprobs=True)

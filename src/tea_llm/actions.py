@@ -479,7 +479,7 @@ def _as_dict(result: LlmCallResult) -> dict[str, Any]:
         answer["timings"] = dataclasses.asdict(result.timings)
     if result.session_error is not None:
         answer["session_error"] = result.session_error
-    if result.parsed is not None:
+    if result.parsed is not None or result.parse_error is not None:
         answer["parsed"] = result.parsed
     if result.parse_error is not None:
         answer["parse_error"] = result.parse_error
