@@ -1196,7 +1196,7 @@ cdef class Grammar:
     """What a text has to be, ready for a Model; any number of Samplers hold texts to it.
 
     `kind` says what `source` is: "gbnf", which llama.cpp reads (with a rule named root), or "json_schema" (draft
-    2020-12), "regex" (in Rust's syntax, for the whole text) or "lark", which llguidance reads. A "gbnf" with `triggers`
+    2020-12) or "regex" (in Rust's syntax, for the whole text), which llguidance reads. A "gbnf" with `triggers`
     binds from the first of them on: ("word", text), ("pattern", ECMAScript regex, whose first group it begins with) or
     ("token", id). Of a `prefix`, with which a prompt ends, the text is the continuation. Of
     control tokens only those of `markup` may be in the text, and are seen there.
@@ -1270,7 +1270,6 @@ _GRAMMARS = {  # what each kind is called in an error, and what to do about it
     "gbnf": ("the grammar", "it must be GBNF with a rule named root"),
     "json_schema": ("the JSON schema", "leave out what is named, or set strict: false to have it ignored"),
     "regex": ("the regular expression", "it must be in Rust's syntax, without look-around and backreferences"),
-    "lark": ("the grammar", "it must be llguidance's variant of Lark with a rule named start"),
 }
 
 

@@ -1,5 +1,5 @@
-// What a text has to be, token by token: a GBNF grammar, by llama.cpp; or a JSON schema, a regular expression or a Lark
-// grammar, by llguidance.
+// What a text has to be, token by token: a GBNF grammar, by llama.cpp; or a JSON schema or a regular expression,
+// by llguidance.
 #pragma once
 
 #include <algorithm>
@@ -469,7 +469,7 @@ class Guided : public Constraint {
     std::vector<uint32_t> mask_;
 };
 
-// Throws what is wrong with the source. `kind` is llguidance's: "json_schema", "regex" or "lark".
+// Throws what is wrong with the source. `kind` is llguidance's: "json_schema" or "regex".
 inline std::unique_ptr<Constraint> new_guided(
     const llama_vocab * vocab, const GuidedVocab & guided, const char * kind, const char * source) {
     Llguidance::MatcherInit init{};

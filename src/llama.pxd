@@ -67,7 +67,6 @@ cdef extern from "text_filter.hpp" namespace "tea" nogil:
 cdef extern from "constraint.hpp" namespace "tea" nogil:
     cppclass Constraint:
         unique_ptr[Constraint] copy() except +raise_fault
-        bool may_end() except +raise_fault
     cppclass Triggers:
         vector[string] patterns
         vector[llama_token] tokens

@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import string
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from .constraint import Constraint
@@ -32,8 +33,8 @@ _TOOL_NAME = re.compile(r"[\w.:/-]{1,128}")  # what templates write it into has 
 
 def chat_request(
     request: TextRequest, chat: ChatPrompt, params: LlmCallParams, path: str
-) -> tuple[TextRequest, AnswerReader | None]:
-    """The request for the answer to a chat; and what reads the answer, None where all of it is content.
+) -> tuple[TextRequest, Callable[[], AnswerReader] | None]:
+    """The request for the answer to a chat; and what makes a reader of one, None where all of it is content.
 
     Raises BadRequest for tools that the chat template of the model at `path` doesn't know.
     """
@@ -47,7 +48,7 @@ def chat_request(
     request = dataclasses.replace(
         request, prompt=chat.tokenize(), stop=(*request.stop, *chat.stops), markup=chat.preserved_tokens
     )
-    return request, None if parser.is_plain else AnswerReader(parser)
+    return request, None if parser.is_plain else lambda: AnswerReader(chat.parser())
 
 
 def _check_tools(

@@ -9,12 +9,13 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import BadRequest
 from .params import LlmCallParams, LlmCallResult
+from .tools import is_deeper
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -53,7 +54,8 @@ def constraint_of(params: LlmCallParams) -> Constraint | None:
             schema = {}
         elif schema is False:
             raise BadRequest("the schema is False, which no answer fulfils; give one that allows something")
-        _check_nesting(schema)
+        if is_deeper(schema, _MAX_NESTING):
+            raise BadRequest(f"the schema is nested more than {_MAX_NESTING} deep; name its parts in $defs")
         return Constraint("json_schema", _as_json({"x-guidance": guidance, **_prepared(schema, strict)}))
     if params.regex is not None:
         return Constraint("regex", _in_rust(params.regex))
@@ -153,20 +155,6 @@ def _by_name(key: str, value: Any, of: Callable[[Any], Any]) -> Any:
     if key in _OF_NAMES and isinstance(value, Mapping):
         return {name: of(part) for name, part in value.items()}
     return of(value)
-
-
-def _check_nesting(schema: Mapping[str, Any]) -> None:
-    parts: Sequence[Any] = [schema]
-    for _ in range(_MAX_NESTING):
-        parts = [
-            part
-            for whole in parts
-            for part in (whole.values() if isinstance(whole, Mapping) else whole)
-            if isinstance(part, Mapping | list | tuple)
-        ]
-        if not parts:
-            return
-    raise BadRequest(f"the schema is nested more than {_MAX_NESTING} deep; name its parts in $defs")
 
 
 def _prepared(schema: Any, strict: bool) -> Any:

@@ -249,6 +249,7 @@ class LocalLlmBackend(RequestBackend):
 
     def _begun(self, params: LlmCallParams, stream: TextStream, known: Session | None) -> list[_Text]:
         """Hand the request to the engine, once for each text that is wanted."""
+        request, new_reader = self._text_request(params, known, in_chunks=stream.in_chunks)
         texts: list[_Text] = []
 
         def cancel() -> None:
@@ -258,7 +259,6 @@ class LocalLlmBackend(RequestBackend):
         stream.cancel_by(cancel)
         try:
             for i in range(params.n):
-                request, reader = self._text_request(params, known, in_chunks=stream.in_chunks)
                 ticket = self._open_engine().generate(
                     _with_seed(request, i),
                     timeout_s=params.timeout_s,
@@ -266,7 +266,7 @@ class LocalLlmBackend(RequestBackend):
                     priority=params.priority,
                     loop=stream.loop,
                 )
-                texts.append(_Text(ticket, reader, request))
+                texts.append(_Text(ticket, new_reader and new_reader(), request))
         except BaseException:
             cancel()
             raise
@@ -292,7 +292,7 @@ class LocalLlmBackend(RequestBackend):
 
     def _text_request(
         self, params: LlmCallParams, known: Session | None, *, in_chunks: bool
-    ) -> tuple[TextRequest, AnswerReader | None]:
+    ) -> tuple[TextRequest, Callable[[], AnswerReader] | None]:
         for name, plain in _UNSUPPORTED.items():
             if params.extra.get(name) not in plain:
                 raise BadRequest(f"{name} is not supported by the local backend yet; leave it out or use backend: api")

@@ -10,7 +10,16 @@ from typing import Any, Final, Literal, TypeAlias
 
 from .errors import BadRequest
 
-__all__ = ["GrowingCalls", "Tool", "ToolCall", "check_arguments", "checked_choice", "checked_tools", "function_tool"]
+__all__ = [
+    "GrowingCalls",
+    "Tool",
+    "ToolCall",
+    "check_arguments",
+    "checked_choice",
+    "checked_tools",
+    "function_tool",
+    "is_deeper",
+]
 
 Tool: TypeAlias = "Mapping[str, Any] | Callable[..., Any]"
 """`{"type": "function", "function": {name, description, parameters}}`, or a Python function that stands for that."""
@@ -122,7 +131,7 @@ def checked_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
                 f"tools[{i}] is {tool!r:.80}; give {{'type': 'function', 'function': …}} or a Python function"
             )
         checked.append(tool if isinstance(tool, Mapping) else function_tool(tool))
-        if _is_deeper(checked[-1], _DEEPEST):
+        if is_deeper(checked[-1], _DEEPEST):
             raise BadRequest(f"tools[{i}] is nested deeper than {_DEEPEST} levels; give a flatter schema")
     return tuple(checked)
 
@@ -222,7 +231,7 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
     )
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def is_deeper(value: Any, levels: int) -> bool:
     """Whether mappings and lists are nested in more than `levels` levels."""
     layer = [value]
     for _ in range(levels):
